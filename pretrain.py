@@ -1,0 +1,648 @@
+"""MoCo v2 pretraining of a small network on unlabeled images, in one file.
+
+    torchrun pretrain.py --arch mobilenetv3 --temp 0.1                      # three minutes on a laptop, no download
+    torchrun pretrain.py --data FOLDER --arch mobilenetv3 --temp 0.1        # your own images, with or without labels
+    torchrun --nproc-per-node 8 pretrain.py --data FOLDER ...               # eight GPUs; --batch is their total
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 pretrain.py ...  # two nodes
+    python pretrain.py --out runs/mine --resume                             # go on with a run (or start it)
+
+The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), and for small networks Shi et al. 2022 (ssl-small).
+Run it with --help for the table of flags: each with its meaning, its default and where that comes from.
+"""
+import argparse
+import copy
+import json
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import models
+from data import InputError, rank_world, say
+
+# ------------------------------------------------------------------------------------------------------ the flags
+
+AUTO = {}  # flags whose default depends on the data: name -> rule of n images and the flags before it
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def flag(name, default, kind, text, rule=None, **more):
+        if rule:
+            AUTO[name[2:].replace("-", "_")] = rule
+        if kind is bool:
+            return group.add_argument(name, action="store_true", help=text)
+        shown = "auto" if default is None else " ".join(map(str, default)) if isinstance(default, list) else default
+
+        def read(value):  # a default of None stands for auto
+            return None if default is None and value == "auto" else kind(value)
+
+        read.__name__ = kind.__name__
+        group.add_argument(name, default=default, type=read, help=f"{text} [{shown}]", **more)
+
+    group = parser.add_argument_group("data")
+    flag("--data", "fractals", str, "fractals (drawn in memory), cifar10, cifar100, stl10, or a folder of images")
+    flag("--root", "data", str, "where torchvision's data sets are, or are downloaded to")
+    flag("--size", None, int, "side of a view in pixels; auto: the images' shorter side, at most 224")
+    flag("--stream", "auto", str, "read files while training (on) or decode all into memory once (off)",
+         choices=["auto", "on", "off"])
+    flag("--workers", None, int, "decoding threads or processes; auto: the cores of this process, at most 16",
+         lambda n, a: max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+
+    group = parser.add_argument_group("network")
+    flag("--arch", "mobilenetv3", str, ", ".join(models.ARCHS))
+    flag("--stem", "auto", str, "imagenet, small (stride 1 for small images), or auto: small up to 64 pixels")
+    flag("--head", "simple", str, f"projection head: {', '.join(models.HEADS)}, or a hidden width; MoCo v2: simple, Shi 2022: wide")
+    flag("--dim", 128, int, "width C of the embedding (MoCo)")
+    flag("--init", "random", str, "where the backbone starts: random, or a checkpoint of any known format")
+
+    group = parser.add_argument_group("contrast")
+    flag("--temp", 0.2, float, "temperature of InfoNCE; MoCo v2: 0.2, Shi 2022: 0.1")
+    flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a tenth of the images as a power of two, 4 batches to 65536",
+         lambda n, a: min(n, max(4 * a.batch, power(min(65536, n // 10)))))
+    flag("--momentum", None, float, "m of the key encoder; auto: MoCo's 0.999 if the queue lasts over 32 steps, else 0.99",
+         lambda n, a: 0.999 if a.queue > 32 * a.batch else 0.99)
+    flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, of 32 or more",
+         lambda n, a: next(s for s in range(max(rank_world()[1], min(8, a.batch // 32)), 0, -1)
+                           if a.batch % s == 0 and s % rank_world()[1] == 0))
+
+    group = parser.add_argument_group("augmentation (defaults: MoCo v2)")
+    flag("--crop", [0.2, 1.0], float, "range of the random resized crop's area", nargs=2, metavar=("LO", "HI"))
+    flag("--jitter", 0.4, float, "strength of brightness, contrast and saturation jitter, p 0.8; Shi 2022: 0.8")
+    flag("--hue", 0.1, float, "range of hue jitter in turns, p 0.8; Shi 2022: 0.4")
+    flag("--gray", 0.2, float, "probability of grayscale; Shi 2022: 0.5")
+    flag("--blur", 0.5, float, "probability of Gaussian blur, sigma 0.1..2.0 at 224 pixels")
+    flag("--hide", False, bool, "hide-and-seek: hide cells of a grid with the mean (Singh & Lee 2017, Shi 2022)")
+
+    group = parser.add_argument_group("optimization")
+    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 30", lambda n, a: 30 if a.data == "fractals" else 200)
+    flag("--steps", 0, int, "steps of the whole run instead of --epochs; 0: as many as --epochs says")
+    flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two near 1/80 of the images, 32 to 256",
+         lambda n, a: max(2, min(max(32, power(min(256, n // 80))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
+    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch", lambda n, a: 0.03 * a.batch / 256)
+    flag("--wd", 1e-4, float, "weight decay (MoCo); SGD's momentum is 0.9")
+    flag("--warmup", 0, float, "epochs of linear warm-up (MoCo: none)")
+    flag("--schedule", "cosine", str, "of the learning rate (MoCo v2: cosine)", choices=["cosine", "constant"])
+
+    group = parser.add_argument_group("run")
+    flag("--out", None, str, "folder of the run; auto: the next free runs/DATA-ARCH-N")
+    flag("--resume", False, bool, "go on with the run in --out, with its flags; start one if there is none")
+    flag("--seed", 0, int, "of weights, order and views")
+    flag("--device", "auto", str, "cuda, mps or cpu; auto: the first there is")
+    flag("--precision", "auto", str, "of the networks, bfloat16 by autocast; auto: bfloat16 on CUDA",
+         choices=["auto", "float32", "bfloat16"])
+    flag("--compile", "auto", str, "torch.compile with CUDA graphs; auto: on CUDA", choices=["auto", "on", "off"])
+    flag("--knn-every", None, int, "epochs between looks at held-out images; auto: a tenth of the run", lambda n, a: max(1, a.epochs // 10))
+    flag("--profile", 0, int, "run N steps, print where their time goes as one JSON object, and end")
+
+    args = parser.parse_args(argv)
+    if args.resume:
+        if not args.out:
+            raise InputError("--resume: name the run's folder with --out")
+        if (Path(args.out) / "args.json").is_file():
+            parser.set_defaults(**json.loads((Path(args.out) / "args.json").read_text()))
+            args = parser.parse_args(argv)
+    return args
+
+
+def power(n):
+    """The largest power of two up to n."""
+    return 1 << max(0, int(n).bit_length() - 1)
+
+
+def resolve(args, n):
+    """Fill in what is `auto`, in an order in which each rule finds what it needs, and refuse what cannot work."""
+    picked = [name for name in ("batch", "queue", "momentum", "bn_splits", "epochs", "lr", "knn_every") if getattr(args, name) is None]
+    for name in picked:
+        setattr(args, name, AUTO[name](n, args))
+    if picked:
+        say(f"picked for {n:,} images: " + ", ".join(f"--{name.replace('_', '-')} {getattr(args, name):g}" for name in picked))
+    world = rank_world()[1]
+    for wrong, message in [
+        (args.batch > n, f"--batch {args.batch}: there are only {n} images; lower it"),
+        (args.batch < 2 or args.batch % world, f"--batch {args.batch}: must be at least 2 and a multiple of the {world} processes"),
+        (args.queue <= args.batch, f"--queue {args.queue}: must be larger than --batch {args.batch}"),
+        (args.queue > n, f"--queue {args.queue}: must not exceed the {n} images, or an image meets itself as a negative"),
+        (args.bn_splits < 1 or args.batch % args.bn_splits or args.bn_splits % world or args.batch < 2 * args.bn_splits,
+         f"--bn-splits {args.bn_splits}: must divide --batch {args.batch} into parts of 2 or more, the same number on each of {world} processes"),
+        (not args.temp > 0, f"--temp {args.temp}: must be above 0; 0.05 to 0.5 is usual"),
+        (not 0 <= args.momentum <= 1, f"--momentum {args.momentum}: must be within 0..1"),
+        (not 0 < args.crop[0] <= args.crop[1] <= 1, f"--crop {args.crop[0]} {args.crop[1]}: must be 0 < LO <= HI <= 1"),
+        (min(args.jitter, args.hue, args.gray, args.blur) < 0, "--jitter, --hue, --gray, --blur: must not be negative"),
+        (min(args.dim, args.epochs, args.lr, args.knn_every) <= 0, "--dim, --epochs, --lr, --knn-every: must be above 0"),
+    ]:
+        if wrong:
+            raise InputError(message)
+
+
+# ----------------------------------------------------------------------------------------------------- the method
+
+class Encoder(nn.Module):
+    """Backbone and projection head: images (N, 3, H, W) -> unit embeddings (N, C)."""
+
+    def __init__(self, backbone, head):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, x, splits=1):
+        """In `splits` sub-batches, each with BatchNorm statistics of its own."""
+        return torch.cat([F.normalize(self.head(self.backbone(part)).float(), dim=1) for part in x.chunk(splits)])
+
+
+class MoCo(nn.Module):
+    """A query encoder that learns, a key encoder that follows it, and a queue of past keys (He et al. 2020, algorithm 1)."""
+
+    def __init__(self, encoder, dim, queue, momentum):
+        super().__init__()
+        self.encoder_q, self.encoder_k = encoder, copy.deepcopy(encoder).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def update_key_encoder(self):
+        """f_k <- m f_k + (1 - m) f_q for all parameters at once (eq. 2); its BatchNorm statistics are its own."""
+        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.momentum)
+
+    @torch.no_grad()
+    def keys(self, v_k, perm, splits):
+        """Unit keys (B, C) of the whole batch in the order of its queries, from this process's share (n, 3, H, W) of the
+        views in the order `perm`: so a query's BatchNorm statistics are of other images than its key's (section 3.3)."""
+        k = data.gather(self.encoder_k(v_k, splits))
+        return torch.empty_like(k).index_copy_(0, perm, k)
+
+    @torch.no_grad()
+    def enqueue(self, k, step):
+        """Overwrite the oldest keys with the B new ones, around the end of the queue where it comes to that."""
+        at = torch.arange(step * len(k), (step + 1) * len(k), device=k.device) % len(self.queue)
+        self.queue.index_copy_(0, at, k.to(self.queue.dtype))
+
+
+def info_nce(q, k, queue, temperature):
+    """InfoNCE of queries q (N, C) with positives k (N, C) and negatives queue (K, C), unit rows (Oord et al. 2018).
+
+    -> loss (N,), and hits (N,): is the positive more similar than every negative. Only q gets a gradient.
+
+    The loss is attention with the queue as keys and as values: attention returns o_i = sum_j p_ij queue_j under the
+    softmax p over the negatives, and their log-sum-exp s_i. With the positive's logit l_i = q_i.k_i / T and
+    S_i = log(e^s_i + e^l_i),
+
+        loss_i = S_i - l_i        d loss_i / d q_i = e^(s_i - S_i) (o_i - k_i) / T
+
+    so the forward pass already holds the gradient, and neither pass ever holds the N x K logits.
+    """
+    x, k, queue = q.detach(), k.detach(), queue.detach()
+    o, s, top = attend(x, queue, 1 / temperature)
+    similarity = (x * k).sum(1)
+    positive = similarity / temperature
+    S = torch.logaddexp(s, positive)
+    gradient = (s - S).exp()[:, None] * (o - k) / temperature
+    return S - positive + ((q - x) * gradient).sum(1), similarity > top  # adds 0 to the loss, and `gradient` to q's
+
+
+def attend(q, queue, scale):
+    """Attention of q (N, C) over queue (K, C) as keys and values: output (N, C), log-sum-exp (N,), largest q.queue_j (N,)."""
+    if q.is_cuda:  # PyTorch's flash attention in float16; few queries fill a GPU when the queue lies along the batch
+        half, K = queue.half(), len(queue)
+        parts = next(p for p in range(64, 0, -1) if K % p == 0)
+        kv, qh = half.view(parts, 1, K // parts, -1), q.half()
+        o, s = torch.ops.aten._scaled_dot_product_flash_attention(qh.expand(parts, 1, *q.shape), kv, kv, scale=scale)[:2]
+        s, top = s[:, 0], torch.stack([(qh @ part.T).amax(1) for part in half.split(8192)]).amax(0)
+        return torch.einsum("pn,pnc->nc", s.softmax(0), o[:, 0].float()), s.logsumexp(0), top.to(q.dtype)
+    # Blocks that stay in the cache. Unit rows bound the logits by `scale`, so no running maximum is needed, and the
+    # largest similarity comes out of the same pass: PyTorch's CPU flash attention is 1.15 times as fast but lacks it,
+    # the compiled plain formula takes 1.6 times as long (N 256, C 128, K 65536, 2 cores).
+    total, top, o, bound = 0, q.new_full((len(q),), -math.inf), torch.zeros_like(q), q.new_tensor(-scale)
+    for block in queue.split(max(128, 2 ** 18 // len(q))):
+        p = torch.addmm(bound, q, block.T, alpha=scale)
+        top = torch.maximum(top, p.amax(1))
+        total = total + p.exp_().sum(1)
+        o.addmm_(p, block)
+    return o / total.clamp(min=1e-38)[:, None], total.log() + scale, top / scale + 1
+
+
+# ---------------------------------------------------------------------------------------- how good are the features
+
+@torch.no_grad()
+def extract(network, images, size, device, rows=None):
+    """Features (N, D) float32 of `images` (those in `rows`), center crop; each process computes its share."""
+    rank, world = rank_world()
+    rows = torch.arange(len(images)) if rows is None else rows
+    share = -(-len(rows) // world)
+    mine = rows[torch.arange(rank * share, (rank + 1) * share) % len(rows)]  # equal shares; what is double falls off
+    if images.pixels is None:
+        loader = torch.utils.data.DataLoader(data.Stream(images, size), 128, sampler=mine.tolist(), num_workers=2)
+        parts = [network(data.center(crops[:, 0].to(device), size)) for crops, _ in loader]
+    else:
+        parts = [network(data.center(images.pixels[part.to(device)], size)) for part in mine.split(256)]
+    return data.gather(torch.cat(parts).float())[:len(rows)]
+
+
+def knn(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
+    """Accuracy in % of the weighted k-nearest-neighbour vote (Wu et al. 2018): cosine similarity, weight e^(sim / T)."""
+    train_x, test_x, k = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1), min(k, len(train_x))
+    hits, classes = 0, int(train_y.max()) + 1
+    for x, y in zip(test_x.split(1000), test_y.split(1000)):
+        sim, near = (x @ train_x.T).topk(k)
+        votes = torch.zeros(len(x), classes, device=x.device).scatter_add_(1, train_y[near], (sim / temperature).exp())
+        hits += (votes.argmax(1) == y).sum().item()
+    return 100 * hits / len(test_y)
+
+
+def ridge(train_x, train_y, test_x, test_y):
+    """Accuracy in % of a linear probe in closed form: ridge regression of one-hot labels on standardized features.
+
+    The penalty is picked on every fifth training image, then the probe is solved again with all of them.
+    """
+    mean, std = train_x.mean(0), train_x.std(0)
+    std = std.clamp(min=1e-6 * std.max())  # a random MobileNetV3 has features near 1e-10: constant is relative
+    x, t = ((v - mean).div(std).cpu().double() for v in (train_x, test_x))
+    y, labels = F.one_hot(train_y).cpu().double(), train_y.cpu()
+
+    def solve(rows, penalties, x_test):
+        a, b = x[rows], y[rows] - y[rows].mean(0)
+        gram, right, eye = a.T @ a, a.T @ b, torch.eye(a.shape[1], dtype=a.dtype)
+        for penalty in penalties:
+            weight = torch.cholesky_solve(right, torch.linalg.cholesky(gram + penalty * len(a) * eye))
+            yield (x_test @ weight + y[rows].mean(0)).argmax(1)
+
+    held = torch.arange(len(x)) % 5 == 4
+    penalties = [1e-3, 1e-2, 1e-1, 1, 10]
+    scores = [(guess == labels[held]).double().mean().item() for guess in solve(~held, penalties, x[held])]
+    best = penalties[int(np.argmax(scores))]
+    return 100 * (next(solve(held | True, [best], t)) == test_y.cpu()).double().mean().item()
+
+
+def alignment_uniformity(a, b):
+    """Features of two views (N, D) -> mean squared distance of positives, log mean e^(-2 d^2) of all pairs (Wang & Isola 2020)."""
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    return (a - b).square().sum(1).mean().item(), torch.pdist(a).square().mul(-2).exp().mean().log().item()
+
+
+# ------------------------------------------------------------------------------------------------- views to train on
+
+def augmentation(args):
+    return dict(jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
+
+
+def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
+    """For each of `steps`: this process's query views, its share of the shuffled batch's key views, and the shuffle."""
+    n = args.batch // world
+    mine = slice(rank * n, (rank + 1) * n)
+
+    def put(x):  # without waiting for the device
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+    def items():  # the loader's workers cut the very crops that `schedule` says
+        for step in steps:
+            rows, u, _ = data.schedule(len(images), args.batch, args.seed, step, args.hide)
+            yield list(zip(rows[mine].tolist(), u[:, mine, :22].transpose(0, 1)))
+
+    streamed, bad = images.pixels is None, set()
+    loader = iter(torch.utils.data.DataLoader(data.Stream(images, args.size, args.crop), batch_sampler=items(),
+                                              num_workers=args.workers, pin_memory=device.type == "cuda")) if streamed else None
+    for step in steps:
+        rows, u, perm = data.schedule(len(images), args.batch, args.seed, step, args.hide)
+        shuffled = perm[mine]
+        if streamed:
+            crops, unreadable = next(loader)
+            new = set(unreadable.tolist()) - bad - {-1}
+            data.report_unreadable([images.paths[i] for i in sorted(new)])
+            bad |= new
+            x_q, x_k = crops.to(device, non_blocking=True).unbind(1)
+            x_k = (data.gather(x_k.contiguous()) if world > 1 else x_k)[put(shuffled)]
+        else:  # a process that has all images need not be sent any: it picks its share of the shuffled rows
+            x_q, x_k = images.pixels[put(rows[mine])], images.pixels[put(rows[shuffled])]
+        mark("data")
+        settings = dict(crop=None if streamed else args.crop, jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
+        v_q = data.augment(x_q, put(u[0, mine]), args.size, **settings)
+        v_k = data.augment(x_k, put(u[1, shuffled]), args.size, **settings)
+        mark("views")
+        yield v_q, v_k, put(perm)
+
+
+def ahead(batches):
+    """On CUDA, the next batch's views are made on a stream of their own while the network works on this one's."""
+    side = torch.cuda.Stream()
+
+    def fetch():
+        with torch.cuda.stream(side):
+            return next(batches, None)
+
+    batch = fetch()
+    while batch is not None:
+        torch.cuda.current_stream().wait_stream(side)
+        for x in batch:
+            x.record_stream(torch.cuda.current_stream())
+        now, batch = batch, fetch()
+        yield now
+
+
+def save_views(images, args, path):
+    """A grid: the first eight images of the first batch (top) and their two views as the network sees them."""
+    few = copy.copy(args)
+    few.batch = min(8, len(images))
+    v_q, v_k, perm = next(batches(images, few, range(1), torch.device("cpu"), 0, 1))
+    rows = data.schedule(len(images), few.batch, args.seed, 0)[0]
+    original = torch.cat([data.center(images.crop(row, args.size), args.size) for row in rows.tolist()])
+    grid = torch.stack([original, v_q, torch.empty_like(v_k).index_copy_(0, perm, v_k)])
+    mean, std = torch.tensor(data.MEAN), torch.tensor(data.STD)
+    grid = (grid.permute(0, 3, 1, 4, 2) * std + mean).mul(255).round().clamp(0, 255).byte()
+    s = max(1, 96 // args.size)  # small views are enlarged
+    grid = grid.repeat_interleave(s, 1).repeat_interleave(s, 3)
+    Image.fromarray(grid.reshape(3 * args.size * s, few.batch * args.size * s, 3).numpy()).save(path)
+
+
+# ------------------------------------------------------------------------------------------------------- the run
+
+def main(argv=None):
+    args = parse(argv)
+
+    # Where: torchrun says which process this is; a single one needs no process group.
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, world = rank_world()
+    args.workers = AUTO["workers"](0, args) if args.workers is None else args.workers
+
+    # What: images, then the flags that follow from their number, then the folder of the run.
+    if args.init != "random":  # before the images, so that a wrong file is refused at once
+        initial, found = models.read_backbone(args.init, args.arch)
+    train, test, args.size = data.load(args.data, args.root, args.size, args.seed, device, args.stream, args.workers)
+    n = len(train)
+    resolve(args, n)
+    epoch_steps = n // args.batch  # the last incomplete batch is dropped
+    steps = args.steps or args.epochs * epoch_steps
+    if not args.profile:
+        out = choose_folder(args, rank)
+
+    # The networks. Every process starts from the same seed, so none needs to be sent weights.
+    torch.manual_seed(args.seed)
+    backbone = models.build(args.arch, args.stem, args.size)
+    untrained = copy.deepcopy(backbone)
+    if args.init != "random":
+        own = backbone.state_dict()
+        if any(own[k].shape != v.shape for k, v in initial.items()):
+            raise InputError(f"--init {args.init}: has the {found['stem']} stem; give it as --stem")
+        backbone.load_state_dict(initial)
+        say(f"--init {args.init}: {found['arch']}, dropped {len(found['dropped'])} other tensors")
+    moco = MoCo(Encoder(backbone, models.make_head(args.head, backbone.dim, args.dim)), args.dim, args.queue, args.momentum)
+    moco.to(device, memory_format=torch.channels_last)
+    if device.type == "cuda":
+        moco.queue = moco.queue.half()  # what flash attention reads; a unit vector loses nothing that the loss notices
+    encoder_q = moco.encoder_q
+    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):  # small networks are launch-bound
+        moco.encoder_q.compile(mode="reduce-overhead")
+        moco.encoder_k.compile(mode="reduce-overhead")
+    if world > 1:  # averages gradients; each process keeps its BatchNorm statistics, and the first one's count
+        encoder_q = nn.parallel.DistributedDataParallel(encoder_q, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(moco.encoder_q.parameters(), args.lr, momentum=0.9, weight_decay=args.wd,
+                                fused=device.type in ("cuda", "cpu"))
+    half = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)  # noqa: E731
+
+    def step_once(step, v_q, v_k, perm, mark=lambda phase: None):
+        """One step of MoCo v2: (loss, instance accuracy) as a tensor (2,)."""
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, steps, epoch_steps)
+        with autocast():
+            q = encoder_q(v_q)
+        mark("query_forward")
+        moco.update_key_encoder()
+        with autocast():
+            k = moco.keys(v_k, perm, args.bn_splits // world)
+        mark("keys")
+        loss, hit = info_nce(q, k[rank * len(q):(rank + 1) * len(q)], moco.queue, args.temp)
+        mark("loss")
+        loss.mean().backward()
+        mark("backward")
+        optimizer.step()
+        optimizer.zero_grad()
+        moco.enqueue(k, step)
+        mark("update")
+        return torch.stack([loss.detach().mean(), hit.float().mean()])
+
+    if args.profile:
+        return profile(args, train, device, moco, encoder_q, step_once, autocast)
+
+    # How far: a run that was stopped goes on where its last checkpoint was written.
+    first, totals, started = 0, torch.zeros(2, device=device), time.time()
+    if args.resume and (out / "last.pt").is_file():
+        last = models.load_file(out / "last.pt")
+        moco.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        torch.set_rng_state(last["random"])
+        first, started = last["step"], started - last["seconds"]
+        say(f"resumed {out} at step {first} of {steps}")
+    elif rank == 0:
+        save_views(train, args, out / "views.png")
+    if rank == 0:
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    say(f"{args.arch}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, on {world} x {device.type}: "
+        f"{n:,} images at {args.size} pixels, {steps:,} steps of {args.batch}, in {out}\n"
+        f"The loss rises for the first {-(-args.queue // args.batch)} steps, while the random keys that the queue starts with "
+        f"make way for real ones, towards ln(K + 1) = {math.log(args.queue + 1):.2f}; from there it should fall.")
+
+    # The loop.
+    views = batches(train, args, range(first, steps), device, rank, world)
+    progress, epoch_start = data.Progress(), time.time()
+    moco.train()
+    for step, (v_q, v_k, perm) in enumerate(ahead(views) if device.type == "cuda" else views, first):
+        totals += step_once(step, v_q, v_k, perm)
+        done = step % epoch_steps + 1  # steps of this epoch
+        epoch = step // epoch_steps + 1
+
+        def line():
+            loss, accuracy = (totals / done).tolist()
+            speed = done * args.batch / (time.time() - epoch_start)
+            left = (steps - step - 1) * args.batch / speed
+            return (f"epoch {epoch}/{-(-steps // epoch_steps)}  loss {loss:.3f}  instance accuracy {100 * accuracy:.1f} %  "
+                    f"{speed:.0f} images/s  {int(left // 60)}:{int(left % 60):02} left")
+
+        progress(line)
+        if done < epoch_steps and step + 1 < steps:
+            continue
+        if world > 1:
+            dist.all_reduce(totals, dist.ReduceOp.SUM)
+            totals /= world
+            for buffer in moco.encoder_q.buffers():
+                dist.broadcast(buffer, 0)
+        loss, accuracy = (totals / done).tolist()
+        entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy,
+                     lr=optimizer.param_groups[0]["lr"], images_per_s=done * args.batch / (time.time() - epoch_start))
+        shown = line()
+        if epoch % args.knn_every == 0 or step + 1 == steps:
+            moco.eval()
+            entry |= monitor(moco.encoder_q.backbone, train, test, args, device)
+            moco.train()
+            shown += "".join(f"  {name} {entry[name]:.2f}" for name in ("knn", "alignment", "uniformity") if name in entry)
+        entry["seconds"] = time.time() - started
+        progress(lambda: shown, end=True)
+        if not math.isfinite(loss):
+            raise InputError(f"the loss is {loss} in epoch {epoch}: lower --lr (now {args.lr:g}) or raise --temp; "
+                             f"{out}/last.pt is still the epoch before")
+        if rank == 0:
+            with open(out / "log.jsonl", "a") as log:
+                log.write(json.dumps(entry) + "\n")
+            save(out / "backbone.pt", {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()})
+            save(out / "last.pt", dict(model=moco.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
+                                       seconds=entry["seconds"], random=torch.get_rng_state(), args=vars(args)))
+        totals.zero_()
+        epoch_start = time.time()
+
+    moco.eval()
+    report(moco.encoder_q.backbone, untrained.to(device).eval(), train, test, args, device, out)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def choose_folder(args, rank):
+    """The run's folder, made: --out, or the next free runs/DATA-ARCH-N."""
+    if args.out is None:
+        names = (Path("runs") / f"{Path(args.data).resolve().name}-{args.arch}-{i}" for i in range(1, 10**6))
+        chosen = [str(next(path for path in names if not path.exists()))]
+        if dist.is_initialized():
+            dist.broadcast_object_list(chosen, 0)
+        args.out = chosen[0]
+    out = Path(args.out)
+    if not args.resume and ((out / "last.pt").exists() or (out / "log.jsonl").exists()):
+        raise InputError(f"--out {out}: holds a run already; go on with it (--resume) or name another folder")
+    if dist.is_initialized():
+        dist.barrier()
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def learning_rate(args, step, steps, epoch_steps):
+    warm = min(1, (step + 1) / (args.warmup * epoch_steps)) if args.warmup else 1
+    return args.lr * warm * (0.5 * (1 + math.cos(math.pi * step / steps)) if args.schedule == "cosine" else 1)
+
+
+def save(path, content):
+    """Write under a temporary name, then rename: a reader finds the old file or the new one, never half a file."""
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def monitor(network, train, test, args, device):
+    """kNN accuracy on held-out images, or alignment and uniformity of the training images where there are no labels."""
+    if test is None:
+        return dict(zip(("alignment", "uniformity"), alignment_uniformity(*features_of_views(network, train, args, device))))
+    return dict(knn=knn(*probe_features(network, train, test, args, device)))
+
+
+def probe_features(network, train, test, args, device):
+    """train_x, train_y, test_x, test_y of the labelled images: at most 50,000 to train on, 10,000 on a CPU."""
+    limit = 10_000 if device.type == "cpu" else 50_000
+    rows = (train.labels >= 0).nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=data.seeded("probe"))[:limit]]
+    return (extract(network, train, args.size, device, rows), train.labels[rows].to(device),
+            extract(network, test, args.size, device), test.labels.to(device))
+
+
+@torch.no_grad()
+def features_of_views(network, images, args, device):
+    """Features (N, D) of the two views of up to 2,000 images."""
+    rank, world = rank_world()
+    few = copy.copy(args)
+    few.batch = min(2000, len(images)) // 10
+    pairs = [(network(v_q), torch.empty_like(v_k).index_copy_(0, perm, v_k)) for v_q, v_k, perm in batches(images, few, range(10), device, 0, 1)]
+    return torch.cat([q for q, _ in pairs]), torch.cat([network(v) for _, v in pairs])
+
+
+def report(network, untrained, train, test, args, device, out):
+    """The end: what the features are worth beside those of random weights and beside raw pixels, and what to do next."""
+    if test is None:
+        rows = {"learned": network, "random weights": untrained}
+        table = {name: alignment_uniformity(*features_of_views(net, train, args, device)) for name, net in rows.items()}
+        say(f"\n{'features':<16}{'alignment':>11}{'uniformity':>12}   (lower is better, of both together)")
+        for name, values in table.items():
+            say(f"{name:<16}{values[0]:>11.3f}{values[1]:>12.3f}")
+    else:
+        pixels = lambda x: F.interpolate(x, (min(args.size, 32),) * 2, mode="area").flatten(1)  # noqa: E731
+        say(f"\n{'features':<16}{'kNN %':>8}{'linear %':>10}   ({len(test):,} held-out images, {len(test.classes)} classes)")
+        table = {}
+        for name, net in {"learned": network, "random weights": untrained, "raw pixels": pixels}.items():
+            features = probe_features(net, train, test, args, device)
+            table[name] = knn(*features), ridge(*features)
+            say(f"{name:<16}{table[name][0]:>8.1f}{table[name][1]:>10.1f}")
+    say(f"\nThe network is {out}/backbone.pt (torchvision's names). Look at {out}/views.png and {out}/log.jsonl, then try your "
+        f"own images:\n  torchrun pretrain.py --data FOLDER --arch {args.arch} --temp {args.temp:g}")
+    return table
+
+
+def profile(args, train, device, moco, encoder_q, step_once, autocast):
+    """Print where the time of --profile N steps goes, and how much of a step the bare network work would take."""
+    rank, world = rank_world()
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    phases, last = {}, [0.0]
+
+    def mark(phase):  # waiting at each border spoils the overlap: phases are timed in steps of their own
+        wait()
+        now = time.perf_counter()
+        phases[phase] = phases.get(phase, 0) + now - last[0]
+        last[0] = now
+
+    def timed(count, marked):
+        nothing = lambda phase: None  # noqa: E731
+        views = batches(train, args, range(count + 3), device, rank, world, mark if marked else nothing)
+        start = 0
+        for step, batch in enumerate(ahead(views) if device.type == "cuda" and not marked else views):
+            if step == 3:  # warm-up
+                wait()
+                phases.clear()
+                start = last[0] = time.perf_counter()
+            step_once(step, *batch, mark if marked else nothing)
+        wait()
+        return time.perf_counter() - start
+
+    def bare(count):
+        v_q, v_k, perm = next(batches(train, args, range(1), device, rank, world))
+        for step in range(count + 3):
+            if step == 3:
+                wait()
+                start = time.perf_counter()
+            with autocast():
+                q = encoder_q(v_q)
+                with torch.no_grad():
+                    moco.encoder_k(v_k, args.bn_splits // world)
+            q.sum().backward()
+            moco.encoder_q.zero_grad()
+        wait()
+        return time.perf_counter() - start
+
+    moco.train()
+    work = [(timed(args.profile, False), bare(args.profile)) for _ in range(3)]  # in turn, for a machine whose speed drifts
+    step, network = sorted(work)[1]
+    timed(args.profile, True)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+    say(json.dumps(dict(device=name, arch=args.arch, size=args.size, batch=args.batch, queue=args.queue,
+                        images_per_s=round(args.profile * args.batch / step, 1), peak_memory_mb=round(peak / 2**20),
+                        **{phase: round(1000 * seconds / args.profile, 2) for phase, seconds in phases.items()},
+                        efficiency=round(network / step, 3))))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"pretrain.py: {error}")

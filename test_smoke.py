@@ -1,0 +1,592 @@
+"""python -m pytest test_smoke.py: every formula against something independent of it, every script end to end.
+
+Nothing is downloaded; images, checkpoints and process groups are made here, small.
+"""
+import copy
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import models
+import pretrain
+from data import InputError
+
+HERE = Path(__file__).parent
+TORCHVISION = {"resnet18": "resnet18", "resnet34": "resnet34", "resnet50": "resnet50", "mobilenetv3": "mobilenet_v3_large",
+               "mobilenetv3_small": "mobilenet_v3_small", "efficientnet_b0": "efficientnet_b0", "efficientnet_b1": "efficientnet_b1"}
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def unit(*shape, seed=0, dtype=torch.float64):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1).to(dtype)
+
+
+# --------------------------------------------------------------------------------------------------------- models.py
+
+def theirs(arch):
+    """torchvision's network in double precision, its last Linear and its dropout taken out."""
+    net = getattr(torchvision.models, TORCHVISION[arch])(**{"stochastic_depth_prob": 0} if "efficient" in arch else {})
+    if arch.startswith("resnet"):
+        net.fc = torch.nn.Identity()
+    else:
+        net.classifier = net.classifier[:2] if arch.startswith("mobile") else torch.nn.Identity()
+    return net.double()
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_network_is_torchvisions(arch):
+    torch.manual_seed(0)
+    ref, net = theirs(arch), models.build(arch, "imagenet").double()
+    for m in ref.modules():  # statistics and affine parameters that matter
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1), m.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(m.weight, 0.5, 1.5), torch.nn.init.normal_(m.bias, 0, 0.1)
+    assert [(k, v.shape) for k, v in net.state_dict().items()] == [(k, v.shape) for k, v in ref.state_dict().items()]
+    net.load_state_dict(ref.state_dict())
+    for mode in (False, True):
+        ref.train(mode), net.train(mode)
+        x, y = rand(4, 3, 64, 64).requires_grad_(), rand(4, 3, 64, 64).requires_grad_()
+        a, b = ref(x), net(y)
+        assert b.shape == (4, net.dim)
+        assert (a - b).abs().max() <= 1e-9 * a.abs().max()
+        a.pow(2).sum().backward(), b.pow(2).sum().backward()
+        assert (x.grad - y.grad).norm() <= 1e-7 * x.grad.norm()
+        for (name, p), q in zip(ref.named_parameters(), net.parameters()):
+            assert (p.grad - q.grad).norm() <= 1e-7 * p.grad.norm() + 1e-12, name
+            p.grad = q.grad = None
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_weights_load_into_torchvision(arch):
+    ref = getattr(torchvision.models, TORCHVISION[arch])(num_classes=7)
+    missing, unexpected = ref.load_state_dict(models.build(arch).state_dict(), strict=False)
+    last = {"resnet": "fc", "mobile": "classifier.3", "effici": "classifier.1"}[arch[:6]]
+    assert missing == [f"{last}.weight", f"{last}.bias"] and not unexpected
+
+
+def test_small_stem_keeps_resolution():
+    for arch, inner in (("resnet18", lambda n: n.layer4), ("mobilenetv3", lambda n: n.features), ("efficientnet_b0", lambda n: n.features)):
+        sides = {}
+        for stem in ("imagenet", "small"):
+            net, shape = models.build(arch, stem).eval(), []
+            inner(net).register_forward_hook(lambda m, i, o, shape=shape: shape.append(o.shape[-1]))
+            assert net(torch.zeros(1, 3, 32, 32)).shape == (1, net.dim)
+            sides[stem] = shape[0]
+        assert sides["imagenet"] == 1 and sides["small"] == (4 if arch == "resnet18" else 2)
+    assert models.build("resnet18", size=64).conv1.kernel_size == (3, 3) and models.build("resnet18", size=96).conv1.kernel_size == (7, 7)
+
+
+def test_heads():
+    widths = {"linear": [16, 8], "simple": [16, 16, 8], "wide": [16, 32, 8], "deep": [16, 16, 16, 8], "dropout": [16, 16, 8], "40": [16, 40, 8]}
+    for kind, expected in widths.items():
+        linear = [m for m in models.make_head(kind, 16, 8) if isinstance(m, torch.nn.Linear)]
+        assert [linear[0].in_features] + [m.out_features for m in linear] == expected
+        assert isinstance(models.make_head(kind, 16, 8)[-1], torch.nn.Linear)
+    assert models.make_head("dropout", 16, 8)[2].p == 0.5
+    with pytest.raises(InputError, match="--head"):
+        models.make_head("nothing", 16)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenetv3_small"])
+def test_read_backbone_formats(arch, tmp_path):
+    net, file = models.build(arch, "imagenet"), tmp_path / "c.pt"
+    weights, tv = net.state_dict(), getattr(torchvision.models, TORCHVISION[arch])()
+    tv.load_state_dict(weights, strict=False)
+    last, head = ("fc", {"fc.0.weight": torch.ones(2, 2)}) if arch == "resnet18" else ("classifier.3", {"classifier.4.weight": torch.ones(2)})
+    other = {k: v + 1 for k, v in weights.items()}
+    for content, dropped in [
+        (tv.state_dict(), [f"{last}.weight", f"{last}.bias"]),
+        (weights, []),
+        ({"epoch": 3, "state_dict": {**{f"module.encoder_k.{k}": v for k, v in other.items()}, "module.queue": torch.ones(2),
+                                     **{f"module.encoder_q.{k}": v for k, v in (weights | head).items()}}}, ["module.queue", f"module.encoder_q.{next(iter(head))}"]),
+        ({"state_dict": {f"encoder_q.{k}": v for k, v in weights.items()}}, []),
+        ({"state_dict": {f"module.student.{k}": v for k, v in weights.items()}}, []),
+        ({"model": {f"encoder_q.backbone.{k}": v for k, v in weights.items()} | {"queue": torch.ones(2)}, "step": 3}, ["queue"]),
+    ]:
+        torch.save(content, file)
+        state, info = models.read_backbone(file)
+        assert info["arch"] == arch and state.keys() == weights.keys()
+        assert all(torch.equal(state[k], weights[k]) for k in weights)
+        assert set(dropped) <= set(info["dropped"]) and not set(info["dropped"]) & {f"module.encoder_q.{k}" for k in weights}
+    with pytest.raises(InputError, match="name the right --arch"):
+        models.read_backbone(file, "efficientnet_b0")
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+def test_hostile_and_broken_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Attack()}, "hostile.pt")
+    Path("text.pt").write_text("<html>not found</html>")
+    torch.save(models.build("resnet18").state_dict(), "whole.pt")
+    Path("torn.pt").write_bytes(Path("whole.pt").read_bytes()[:100_000])
+    Path("empty.pt").touch()
+    torch.save({"lr": 0.1}, "other.pt")
+    for name in ("hostile", "text", "torn", "empty", "other", "missing"):
+        with pytest.raises(InputError, match=name) as error:
+            models.read_backbone(f"{name}.pt")
+        assert "\n" not in str(error.value)
+    assert not Path("attacked").exists()
+    torch.load("hostile.pt", weights_only=False)  # the attack is real
+    assert Path("attacked").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- data.py
+
+def plain_u(n=1):
+    """Uniforms that leave an image as it is: no flip, jitter, grayscale or blur."""
+    return torch.full((n, data.COLUMNS), 0.999)
+
+
+def normalize(x):
+    return TF.normalize(x, data.MEAN, data.STD)
+
+
+def photo(h, w, seed=0):
+    """A smooth random picture (3, h, w) uint8 away from black and white, so that nothing clips."""
+    x = F.interpolate(rand(1, 3, 6, 6, seed=seed, dtype=torch.float32), (h, w), mode="bicubic", align_corners=False)[0]
+    return (70 + 90 * x.clamp(0, 1)).round().byte()
+
+
+def test_resampling_is_torchs_antialiased_crop():
+    image = photo(50, 70)
+    for top, left, h, w in ((0, 0, 50, 70), (3, 10, 40, 33), (20, 5, 9, 12), (49, 69, 1, 1)):
+        box = torch.tensor([[top, left, h, w]], dtype=torch.float32)
+        rows, columns = data.resampling(box[:, 0], box[:, 2], 50, 24), data.resampling(box[:, 1], box[:, 3], 70, 24)
+        ours = rows @ image.float() @ columns.mT
+        assert (ours - TF.resized_crop(image.float(), top, left, h, w, [24, 24], antialias=True)).abs().max() < 0.02
+        flipped = rows @ image.float() @ data.resampling(box[:, 1], box[:, 3], 70, 24, flip=torch.tensor([True])).mT
+        assert torch.allclose(flipped, ours.flip(-1), atol=1e-3)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
+def test_blur_is_torchvisions(sigma):
+    image, zero, side = photo(48, 48).float(), torch.zeros(1), torch.full((1,), 48.0)
+    blur = data.resampling(zero, side, 48, 48, sigma=torch.tensor([sigma]))
+    assert torch.allclose(blur.sum(2), torch.ones(1, 48))
+    inside = slice(13, -13)  # torchvision reflects at the border
+    difference = blur @ image @ blur.mT - TF.gaussian_blur(image, [25, 25], [sigma, sigma])
+    assert difference[:, inside, inside].abs().max() < 0.01
+
+
+def test_color_is_torchvisions():
+    image = photo(32, 32)
+    x, mean = image.float().flatten(1), image.float().mean((1, 2))[:, None]
+
+    def ours(**factors):
+        given = dict(brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0) | factors
+        on_pixel, on_mean = data.color_matrix(**{k: torch.tensor([v]) for k, v in given.items()})
+        return (on_pixel[0] @ x + on_mean[0] @ mean).view(3, 32, 32) / 255
+
+    reference = image.float() / 255
+    for f in (0.6, 1.0, 1.3):
+        assert torch.allclose(ours(brightness=f), TF.adjust_brightness(reference, f), atol=2e-3)
+        assert torch.allclose(ours(contrast=f), TF.adjust_contrast(reference, f), atol=2e-3)
+        assert torch.allclose(ours(saturation=f), TF.adjust_saturation(reference, f), atol=2e-3)
+    assert torch.allclose(ours(saturation=0.0), TF.rgb_to_grayscale(reference, 3), atol=2e-3)
+    all_four = ours(brightness=1.1, contrast=0.8, saturation=0.7)  # and in any order
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        y = reference
+        for i in order:
+            y = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[i](y, (1.1, 0.8, 0.7)[i])
+        assert torch.allclose(all_four, y, atol=4e-3)
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    turned = ours(hue=0.2)
+    assert torch.allclose((turned * luma).sum(0), (reference * luma).sum(0), atol=1e-3) and not torch.allclose(turned, reference, atol=0.05)
+    assert torch.allclose(ours(hue=1.0), reference, atol=1e-4)  # a whole turn is none
+
+
+def test_augment_joins_its_parts():
+    images = torch.stack([photo(40, 40, seed=i) for i in range(3)])
+    still = data.augment(images, plain_u(3), 40, crop=None)
+    assert torch.allclose(still, normalize(images / 255), atol=1e-4) and still.is_contiguous(memory_format=torch.channels_last)
+    u = rand(3, data.COLUMNS, seed=1, dtype=torch.float32)
+    u[:, 22], u[:, 23], u[:, 28], u[:, 29] = 0.1, 0.1, 0.99, 0.1  # flip, jitter, no grayscale, blur
+    ours = data.augment(images, u, 24, crop=(0.2, 1), hue=0)
+    for i, (top, left, h, w) in enumerate(data.crop_boxes(u, 40, 40, (0.2, 1)).int().tolist()):
+        y = TF.hflip(TF.resized_crop(images[i] / 255, top, left, h, w, [24, 24], antialias=True))
+        for adjust, v in zip((TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation), u[i, 24:27].tolist()):
+            y = adjust(y, 0.6 + 0.8 * v)
+        sigma = (0.1 + 1.9 * u[i, 30].item()) * 24 / 224
+        assert (ours[i] - normalize(TF.gaussian_blur(y, [9, 9], [sigma, sigma])))[:, 2:-2, 2:-2].abs().max() < 0.05
+    gray = plain_u(3)
+    gray[:, 28] = 0
+    assert data.augment(images, gray, 40, crop=None).mul(torch.tensor(data.STD)[:, None, None]).add(
+        torch.tensor(data.MEAN)[:, None, None]).std(1).max() < 1e-4
+
+
+def test_crop_boxes_are_torchvisions():
+    def one(u, height, width, scale):  # RandomResizedCrop.get_params, with the same uniforms
+        for area, ratio in zip(u[:10], u[10:20]):
+            target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+            aspect = math.exp((2 * ratio - 1) * math.log(4 / 3))
+            w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
+        w, h = width, height
+        if width / height < 3 / 4:
+            h = round(width / (3 / 4))
+        elif width / height > 4 / 3:
+            w = round(height * (4 / 3))
+        return (height - h) // 2, (width - w) // 2, h, w
+
+    u = rand(200, data.COLUMNS, dtype=torch.float32)
+    for height, width in ((32, 32), (100, 40), (10, 400), (1, 1)):
+        expected = [one(row, height, width, (0.2, 1)) for row in u.tolist()]
+        ours = data.crop_boxes(u, height, width, (0.2, 1)).int().tolist()
+        assert sum(tuple(a) != b for a, b in zip(ours, expected)) <= 2  # rounding of a half may differ in float32
+
+
+def test_hide_and_seek():
+    x, cells = torch.ones(4, 3, 32, 32), rand(4, 16, 16, dtype=torch.float32)
+    hidden = data.hide_and_seek(x, torch.tensor([0.1, 0.3, 0.6, 0.9]), cells)[:, 0] == 0
+    for i, cell in enumerate((2, 4, 8)):
+        blocks = hidden[i].unfold(0, cell, cell).unfold(1, cell, cell).float().mean((2, 3))
+        assert set(blocks.unique().tolist()) == {0.0, 1.0}  # whole cells
+        assert torch.equal(blocks.bool(), cells[i, :32 // cell, :32 // cell] < 0.5)
+    assert not hidden[3].any()
+
+
+def test_schedule_and_views_are_functions_of_the_seed():
+    steps = [data.schedule(50, 8, 3, step) for step in range(6)]
+    rows = torch.cat([s[0] for s in steps])
+    assert len(set(rows.tolist())) == 48 and not torch.equal(rows[:8], data.schedule(50, 8, 4, 0)[0])
+    assert all(torch.equal(s[2].sort()[0], torch.arange(8)) for s in steps)
+    again = data.schedule(50, 8, 3, 5)
+    assert all(torch.equal(a, b) for a, b in zip(steps[5], again)) and not torch.equal(steps[4][1], steps[5][1])
+    images = torch.stack([photo(16, 16, seed=i) for i in range(8)])
+    assert torch.equal(data.augment(images, again[1][0], 16), data.augment(images, steps[5][1][0], 16))
+
+
+def test_fractals():
+    (a, labels), (b, _), (c, _) = (data.fractals(128, seed) for seed in (0, 0, 1))
+    assert a.shape == (128, 32, 32, 3) and a.dtype == np.uint8 and (a == b).all() and (a != c).any()
+    assert np.bincount(labels).tolist() == [2] * 64 and a.std((1, 2, 3)).min() > 5
+
+
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
+    rgb = photo(24, 24).permute(1, 2, 0).numpy()
+    picture, white = Image.fromarray(rgb), np.full((24, 24), 255, np.uint8)
+    gray = np.asarray(picture.convert("L"))
+    half = Image.fromarray(np.dstack([rgb, np.where(np.arange(24) < 12, 255, 0).astype(np.uint8) + 0 * white]))
+    on_white = np.where(np.arange(24)[None, :, None] < 12, rgb, 255)
+    kinds = {"rgb.png": (picture, rgb), "gray.png": (picture.convert("L"), gray[..., None]), "bits16.png": (Image.fromarray(gray.astype(np.uint16) * 257), gray[..., None]),
+             "bits32.tif": (Image.fromarray(gray.astype(np.int32) * 257), gray[..., None]), "float.tif": (Image.fromarray(gray.astype(np.float32) / 255), gray[..., None]),
+             "alpha.png": (half, on_white), "palette.png": (picture.quantize(256), rgb), "cmyk.tif": (picture.convert("CMYK"), rgb), "bilevel.png": (Image.fromarray(white).convert("1"), white[..., None])}
+    for name, (image, expected) in kinds.items():
+        image.save(tmp_path / name)
+        found = data.decode(tmp_path / name, 24)[0].permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - expected).mean() < 4, name
+    for orientation, undo in {1: lambda x: x, 3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x, -1), 8: np.rot90, 2: lambda x: x[:, ::-1], 5: lambda x: x.transpose(1, 0, 2)}.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(tmp_path / "turned.png", exif=exif)
+        found = data.decode(tmp_path / "turned.png", 24)[0].permute(1, 2, 0).numpy()
+        assert (found == undo(rgb)).all(), orientation
+    big = Image.fromarray(photo(400, 600).permute(1, 2, 0).numpy())
+    big.save(tmp_path / "big.jpg", quality=95)
+    u = rand(5, 22, seed=4, dtype=torch.float32)
+    crops, boxes = data.decode(tmp_path / "big.jpg", 32, u, (0.2, 1)), data.crop_boxes(u, 400, 600, (0.2, 1)).tolist()
+    for crop, (y, x, h, w) in zip(crops, boxes):  # decoded at reduced scale, still the same crop
+        expected = np.asarray(big.resize((32, 32), Image.BILINEAR, (x, y, x + w, y + h))).astype(int)
+        assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() < 3
+
+
+def make_folder(folder, classes=("a", "b c", "ü"), per=8, side=32, seed=0):
+    for i, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for j in range(per):
+            Image.fromarray(photo(side, side + 4 * j, seed=seed + 100 * i + j).permute(1, 2, 0).numpy()).save(folder / name / f"{j} é.jpg")
+
+
+def test_folders(tmp_path, capsys):
+    make_folder(tmp_path / "split/train"), make_folder(tmp_path / "split/test", per=2, seed=50)
+    make_folder(tmp_path / "classes", per=10), make_folder(tmp_path / "flat", classes=(".",))
+    make_folder(tmp_path / "nested/deep/er", classes=("x",))
+    bad = tmp_path / "split/train/a"
+    (bad / "html.jpg").write_text("<html>"), (bad / "zero.png").touch(), (bad / "notes.txt").write_text("hello")
+    (bad / "torn.jpg").write_bytes((bad / "7 é.jpg").read_bytes()[:300])
+    for stream in ("off", "on"):
+        def load(name):
+            return data.load(str(tmp_path / name), stream=stream)
+        train, test, size = load("split")
+        assert size == 32 and len(test) == 6 and train.classes == ["a", "b c", "ü"] and len(train) == (24 if stream == "off" else 27)
+        assert [len(part) for part in load("classes")[:2]] == [27, 3]
+        for name in ("flat", "nested"):
+            train, test, _ = load(name)
+            assert len(train) == 8 and test is None and (train.labels == -1).all()
+    assert capsys.readouterr().out.count("skipped 3 unreadable files") == 1
+    (tmp_path / "none").mkdir(), (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("hello")
+    for name in ("none", "text", "missing"):
+        with pytest.raises(InputError, match=name):
+            data.load(str(tmp_path / name))
+
+
+def test_streamed_views_are_the_resident_ones(tmp_path):
+    make_folder(tmp_path / "train", side=32, per=4)
+    for file in (tmp_path / "train").rglob("*.jpg"):  # square and without loss: both ways cut the same pixels
+        Image.open(file).crop((0, 0, 32, 32)).save(file.with_suffix(".png")), file.unlink()
+    views = {}
+    for stream in ("on", "off"):
+        args = pretrain.parse(["--batch", "6", "--workers", "2", "--size", "32"])
+        images = data.load(str(tmp_path), stream=stream, size=32)[0]
+        views[stream] = list(pretrain.batches(images, args, range(3), torch.device("cpu"), 0, 1))
+    for a, b in zip(views["on"], views["off"]):
+        for x, y in zip(a[:2], b[:2]):
+            assert (x - y).abs().mean() < 0.02  # bytes are rounded once more
+        assert torch.equal(a[2], b[2])
+
+
+# ------------------------------------------------------------------------------------------------------- pretrain.py
+
+def plain_info_nce(q, k, queue, temperature):
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long), reduction="none"), logits.argmax(1) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 0.2, 1.0])
+@pytest.mark.parametrize("N,C,K", [(1, 32, 1), (3, 128, 7), (64, 128, 4096), (300, 256, 1021), (37, 32, 70000), (256, 128, 5003)])
+def test_info_nce_is_the_plain_formula(N, C, K, temperature):
+    k, queue = unit(N, C, seed=1), unit(K, C, seed=2)
+    q = F.normalize(k + unit(N, C, seed=3) * torch.linspace(0.2, 3, N, dtype=torch.float64)[:, None], dim=1)
+    queue[:: max(1, K // 50)] = F.normalize(q[:1] + 0.5 * queue[:: max(1, K // 50)], dim=1)  # some hard negatives
+    reference = q.clone().requires_grad_()
+    expected, hits = plain_info_nce(reference, k, queue, temperature)
+    expected.sum().backward()
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        x, key, memory = q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_(), queue.to(dtype)
+        loss, found = pretrain.info_nce(x, key, memory, temperature)
+        loss.sum().backward()
+        assert loss.shape == found.shape == (N,) and torch.equal(found, hits) and key.grad is None
+        assert (loss - expected).abs().max() <= 10 * tolerance * (1 + expected.abs().max())
+        assert (x.grad - reference.grad).norm() <= tolerance * reference.grad.norm()
+
+
+def test_info_nce_gradcheck():
+    q, k, queue = unit(5, 16, seed=1).requires_grad_(), unit(5, 16, seed=2), unit(33, 16, seed=3)
+    assert torch.autograd.gradcheck(lambda q: pretrain.info_nce(q, k, queue, 0.2)[0], q, check_forward_ad=True)
+
+
+def test_info_nce_never_holds_the_logits():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            Largest.size = max([Largest.size] + [t.numel() for t in torch.utils._pytree.tree_leaves(out)
+                                                 if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != queue.untyped_storage().data_ptr()])
+            return out
+
+    q, k, queue = unit(256, 64, dtype=torch.float32).requires_grad_(), unit(256, 64, dtype=torch.float32), unit(65536, 64, dtype=torch.float32)
+    with Largest():
+        pretrain.info_nce(q, k, queue, 0.1)[0].sum().backward()
+    assert 0 < Largest.size <= 256 * 65536 // 32
+
+
+def tiny_moco(queue=10):
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    return pretrain.MoCo(pretrain.Encoder(backbone, torch.nn.Linear(8, 4)), 4, queue, 0.9)
+
+
+def test_momentum_update_and_queue():
+    moco = tiny_moco(queue=10)
+    old, buffers = copy.deepcopy(moco.encoder_k.state_dict()), [b.clone() for b in moco.encoder_k.buffers()]
+    with torch.no_grad():
+        [p.add_(1) for p in moco.encoder_q.parameters()], [b.add_(1) for b in moco.encoder_q.buffers()]
+    moco.update_key_encoder()
+    for name, p in moco.encoder_k.named_parameters():
+        assert torch.allclose(p, 0.9 * old[name] + 0.1 * dict(moco.encoder_q.named_parameters())[name], atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(buffers, moco.encoder_k.buffers()))
+    history = []
+    for step in range(9):  # 10 is no multiple of 4: wraps around in the middle of a batch
+        history += (new := unit(4, 4, seed=step, dtype=torch.float32))
+        moco.enqueue(new, step)
+        if len(history) >= 10:
+            assert {tuple(r.tolist()) for r in moco.queue} == {tuple(r.tolist()) for r in history[-10:]}
+
+
+def test_keys_are_normalized_in_shuffled_sub_batches_and_come_back_in_order():
+    moco, x, perm = tiny_moco().train(), rand(8, 3, 9, 9, dtype=torch.float32), torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+    expected = torch.empty(8, 4)
+    for part in (perm[:4], perm[4:]):
+        expected[part] = copy.deepcopy(moco.encoder_k)(x[part])
+    assert torch.allclose(moco.keys(x[perm], perm, 2), expected, atol=1e-6)
+    assert not torch.allclose(moco.keys(x[perm], perm, 1), expected, atol=1e-3)
+
+
+def test_knn_and_ridge_and_alignment():
+    x, y, t, z = unit(90, 5), torch.arange(90) % 3, unit(31, 5, seed=1), torch.arange(31) % 3
+    votes = [[sum(math.exp((t[i] @ x[j]).item() / 0.1) for j in sorted(range(90), key=lambda j: -(t[i] @ x[j]).item())[:7] if y[j] == c)
+              for c in range(3)] for i in range(31)]
+    expected = 100 * np.mean([int(np.argmax(v)) == c for v, c in zip(votes, z.tolist())])
+    assert pretrain.knn(3 * x, y, 2 * t, z, k=7) == pytest.approx(expected)
+    centers = 4 * unit(3, 5, seed=5)
+    near = [1e-10 * (c[y] + 3 * unit(len(y), 5, seed=6)) + 7e-10 for c, y in ((centers, y), (centers, z))]  # any scale
+    ours = pretrain.ridge(near[0].float(), y, near[1].float(), z)
+    scaled = [(v - near[0].mean(0)) / near[0].std(0) for v in near]
+    augmented = torch.cat([scaled[0], math.sqrt(0.1 * 90) * torch.eye(5, dtype=torch.float64)])  # the penalty as five more rows
+    target = torch.cat([F.one_hot(y).double() - 1 / 3, torch.zeros(5, 3, dtype=torch.float64)])
+    lstsq = (scaled[1] @ torch.linalg.lstsq(augmented, target).solution).argmax(1)
+    assert abs(ours - 100 * (lstsq == z).double().mean().item()) <= 10 and ours > 60
+    a, b = torch.tensor([[2.0, 0], [0, 1]]), torch.tensor([[0, 1.0], [0, 3]])
+    assert pretrain.alignment_uniformity(a, b) == pytest.approx((1.0, -4.0))  # squared distances 2, 0; and 2
+
+
+def run(*argv):
+    return pretrain.main([*map(str, argv)])
+
+
+SMALL = ["--arch", "mobilenetv3_small", "--batch", 8, "--queue", 16, "--size", 32, "--workers", 2, "--stem", "imagenet"]
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_a_run_end_to_end_and_resumed(stream, tmp_path, capsys, monkeypatch):
+    make_folder(tmp_path / "images/train", per=9), make_folder(tmp_path / "images/test", per=2)
+    common = ["--data", tmp_path / "images", "--stream", stream, "--epochs", 3, "--hide", "--head", "dropout", *SMALL]
+    moco = run(*common, "--out", tmp_path / "whole")
+    printed = capsys.readouterr().out
+    assert "The loss rises for the first 2 steps" in printed and "raw pixels" in printed and "picked for 27 images" in printed
+    log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [1, 2, 3] and log[-1]["step"] == 9 and "knn" in log[-1]
+    assert Image.open(tmp_path / "whole/views.png").size == (8 * 96, 3 * 96)
+    state, info = models.read_backbone(tmp_path / "whole")
+    assert (info["arch"], info["size"], info["stem"]) == ("mobilenetv3_small", 32, "imagenet")
+    assert all(torch.equal(v, models.read_backbone(tmp_path / "whole/last.pt")[0][k]) for k, v in state.items())
+    torchvision.models.mobilenet_v3_small().load_state_dict(torch.load(tmp_path / "whole/backbone.pt"), strict=False)
+    with pytest.raises(InputError, match="--resume"):
+        run(*common, "--out", tmp_path / "whole")
+
+    write = pretrain.save
+
+    def interrupted(path, content):
+        if content.get("step") == 6:
+            write(path, content)
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(pretrain, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*common, "--out", tmp_path / "parts", "--resume")
+    monkeypatch.undo()
+    again = run("--out", tmp_path / "parts", "--resume")  # the flags come from the run
+    assert all(torch.equal(a, b) for a, b in zip(moco.state_dict().values(), again.state_dict().values()))
+
+
+def test_runs_without_labels_and_from_a_checkpoint(tmp_path, capsys):
+    make_folder(tmp_path / "flat", classes=(".",), per=20)
+    torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "tv.pt")
+    run("--data", tmp_path / "flat", "--init", tmp_path / "tv.pt", "--epochs", 1, "--out", tmp_path / "run", *SMALL)
+    printed = capsys.readouterr().out
+    assert "uniformity" in printed and "dropped 2 other" in printed and "uniformity" in json.loads((tmp_path / "run/log.jsonl").read_text())
+
+
+def test_profile(tmp_path, capsys):
+    make_folder(tmp_path / "flat", classes=(".",), per=20)
+    run("--data", tmp_path / "flat", "--profile", 2, *SMALL)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"device", "arch", "size", "batch", "queue", "images_per_s", "peak_memory_mb", "data", "views", "keys",
+            "query_forward", "loss", "backward", "update", "efficiency"} == found.keys()
+    assert found["batch"] == 8 and found["images_per_s"] > 0 and 0.1 < found["efficiency"] < 2
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--arch", "vgg"], "--arch vgg"), (["--batch", 100], "--batch 100"), (["--queue", 8], "--queue 8"), (["--queue", 500], "--queue 500"),
+    (["--temp", 0], "--temp 0"), (["--bn-splits", 3], "--bn-splits 3"), (["--crop", 0.5, 0.2], "--crop"), (["--head", "tall"], "--head tall"),
+    (["--init", "resnet.pt"], "resnet.pt"), (["--init", "hostile.pt"], "hostile.pt"), (["--init", "torn.pt"], "torn.pt"),
+    (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume"], "--out"), (["--stem", "odd"], "--stem odd")])
+def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "images", per=10)
+    Path("empty").mkdir()
+    torch.save(models.build("resnet18").state_dict(), "resnet.pt"), torch.save({"state_dict": Attack()}, "hostile.pt")
+    Path("torn.pt").write_bytes(Path("resnet.pt").read_bytes()[:5000])
+    with pytest.raises(InputError, match=message.replace(".", r"\.")) as error:
+        run("--data", "images", *SMALL, "--epochs", 1, *flags)
+    assert "\n" not in str(error.value) and not Path("attacked").exists() and not Path("runs").exists()
+
+
+def test_bad_input_ends_the_process_with_an_error(tmp_path):
+    done = subprocess.run([sys.executable, HERE / "pretrain.py", "--data", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("pretrain.py: --data") and done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+class NoBatchNorm(torch.nn.Module):
+    def __init__(self, small):
+        super().__init__()
+        self.dim, self.net = 8, torch.nn.Sequential(torch.nn.Conv2d(3, 8, 5, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 14 * 14, 8))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def worker(folder, argv):
+    """One process of a run: saves its network, its queue, and whether shuffled keys came back in order."""
+    torch.set_num_threads(1)
+    models.ARCHS["plain"] = NoBatchNorm
+    destroy, order = torch.distributed.destroy_process_group, []
+
+    def check():
+        rank, x, perm = torch.distributed.get_rank(), rand(8, 3, 32, 32, dtype=torch.float32), torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
+        moco = pretrain.MoCo(pretrain.Encoder(NoBatchNorm(False), torch.nn.Linear(8, 4)), 4, 16, 0.9)
+        for p in moco.parameters():
+            torch.distributed.broadcast(p.data, 0)
+        share = x[perm[4 * rank:4 * rank + 4]]
+        order.append(torch.allclose(moco.keys(share, perm, 1), moco.encoder_k(x), atol=1e-6))
+        destroy()
+
+    torch.distributed.destroy_process_group = check
+    moco = pretrain.main(argv)
+    torch.save({"model": moco.state_dict(), "order": order}, Path(folder) / f"rank{os.environ.get('RANK', 0)}.pt")
+
+
+@pytest.mark.parametrize("arch", ["plain", "mobilenetv3_small"])
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_two_processes(arch, stream, tmp_path):
+    make_folder(tmp_path / "images/train", per=9), make_folder(tmp_path / "images/test", per=3)
+    common = [*map(str, SMALL), "--arch", arch, "--data", str(tmp_path / "images"), "--stream", stream, "--steps", "10", "--seed", "1", "--lr", "0.05"]
+    result = {}
+    for world in (1, 2):
+        folder = tmp_path / f"world{world}"
+        folder.mkdir()
+        code = f"import test_smoke; test_smoke.worker({str(folder)!r}, {[*common, '--out', str(folder / 'run')]!r})"
+        port = str(random.randint(20000, 40000))
+        jobs = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.DEVNULL, env=os.environ | dict(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+            for rank in range(world)]
+        assert [job.wait(240) for job in jobs] == [0] * world
+        result[world] = [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
+        result[f"log{world}"] = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    one, (a, b) = result[1][0]["model"], (r["model"] for r in result[2])
+    assert result[2][0]["order"] == result[2][1]["order"] == [True]
+    for name in a:
+        if not ("running" in name and "encoder_k" in name):  # a key encoder's statistics are its process's own
+            assert torch.equal(a[name], b[name]), name
+    if arch == "plain":
+        assert all(torch.allclose(one[name], a[name], atol=1e-5) for name in one)
+        for x, y in zip(result["log1"], result["log2"]):
+            assert x["loss"] == pytest.approx(y["loss"], abs=1e-4) and x["instance_accuracy"] == pytest.approx(y["instance_accuracy"], abs=1e-4)
+    assert [x["knn"] for x in result["log2"] if "knn" in x]

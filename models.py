@@ -195,15 +195,21 @@ def build(arch, stem="auto", size=224):
     if stem not in ("auto", "imagenet", "small"):
         raise InputError(f"--stem {stem}: unknown; choose from auto, imagenet, small")
     net = ARCHS[arch](small=stem == "small" or (stem == "auto" and size <= 64))
-    for m in net.modules():  # He et al. 2015 for convolutions, as all three papers' reference code; BatchNorm is 1, 0
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+    return initialize(net)
+
+
+def initialize(module):
+    """He et al. 2015 for convolutions (fan out, as all three papers' code) and Linears (fan in), zero biases, in place.
+
+    MobileNetV3's paper draws its Linear from N(0, 0.01). Under a projection head with torch's default biases that
+    feature is too small to be seen: all embeddings start alike, and after 300 steps the probe was at 7 % instead of 15.
+    """
+    for m in module.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out" if isinstance(m, nn.Conv2d) else "fan_in")
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.Linear):
-            nn.init.normal_(m.weight, 0, 0.01)
-            nn.init.zeros_(m.bias)
-    return net
+    return module
 
 
 HEADS = ("linear", "simple", "wide", "deep", "dropout")
@@ -225,7 +231,7 @@ def make_head(kind, d, c=128):
         layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
     if kind == "dropout":
         layers.insert(2, nn.Dropout(0.5))
-    return nn.Sequential(*layers[:-1])
+    return initialize(nn.Sequential(*layers[:-1]))
 
 
 # --------------------------------------------------------------------------------------- weights from elsewhere

@@ -390,8 +390,6 @@ def main(argv=None):
     resolve(args, n)
     epoch_steps = n // args.batch  # the last incomplete batch is dropped
     steps = args.steps or args.epochs * epoch_steps
-    if not args.profile:
-        out = choose_folder(args, rank)
 
     # The networks. Every process starts from the same seed, so none needs to be sent weights.
     torch.manual_seed(args.seed)
@@ -441,6 +439,8 @@ def main(argv=None):
 
     if args.profile:
         return profile(args, train, device, moco, encoder_q, step_once, autocast)
+
+    out = choose_folder(args, rank)  # only now that all flags are known to be good
 
     # How far: a run that was stopped goes on where its last checkpoint was written.
     first, totals, started = 0, torch.zeros(2, device=device), time.time()

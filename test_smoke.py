@@ -371,14 +371,15 @@ def test_info_nce_is_the_plain_formula(N, C, K, temperature):
     k, queue = unit(N, C, seed=1), unit(K, C, seed=2)
     q = F.normalize(k + unit(N, C, seed=3) * torch.linspace(0.2, 3, N, dtype=torch.float64)[:, None], dim=1)
     queue[:: max(1, K // 50)] = F.normalize(q[:1] + 0.5 * queue[:: max(1, K // 50)], dim=1)  # some hard negatives
+    q, k, queue = q.float().double(), k.float().double(), queue.float().double()
     reference = q.clone().requires_grad_()
     expected, hits = plain_info_nce(reference, k, queue, temperature)
     expected.sum().backward()
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
-        x, key, memory = q.to(dtype).requires_grad_(), k.to(dtype).requires_grad_(), queue.to(dtype)
+        x, key, memory = (v.to(dtype).clone().requires_grad_() for v in (q, k, queue))
         loss, found = pretrain.info_nce(x, key, memory, temperature)
         loss.sum().backward()
-        assert loss.shape == found.shape == (N,) and torch.equal(found, hits) and key.grad is None
+        assert loss.shape == found.shape == (N,) and torch.equal(found, hits) and key.grad is None and memory.grad is None
         assert (loss - expected).abs().max() <= 10 * tolerance * (1 + expected.abs().max())
         assert (x.grad - reference.grad).norm() <= tolerance * reference.grad.norm()
 
@@ -438,6 +439,7 @@ def test_keys_are_normalized_in_shuffled_sub_batches_and_come_back_in_order():
 
 def test_knn_and_ridge_and_alignment():
     x, y, t, z = unit(90, 5), torch.arange(90) % 3, unit(31, 5, seed=1), torch.arange(31) % 3
+    x, t = x.float(), t.float()
     votes = [[sum(math.exp((t[i] @ x[j]).item() / 0.1) for j in sorted(range(90), key=lambda j: -(t[i] @ x[j]).item())[:7] if y[j] == c)
               for c in range(3)] for i in range(31)]
     expected = 100 * np.mean([int(np.argmax(v)) == c for v, c in zip(votes, z.tolist())])

@@ -66,7 +66,8 @@ def fractals(n, seed, size=32, classes=64, points=1600):
 
     A class is a system of 2 to 4 contractive affine maps; the systems are the same for every seed. An image is its
     class's system a little perturbed, in its own pose, zoom, place and light, mirrored or not, in one ink on one paper: if images
-    differed in color, that would be the cheapest way to tell them apart, and all that contrastive learning learned.
+    differed in color, that would be the cheapest way to tell them apart, and all that contrastive learning learned; and
+    the paper is black, since jitter of a bright one would drown a random network's view of the drawing.
     The chaos game draws all images at once: 16 points of each jump along randomly chosen maps.
     """
     def turn(t):
@@ -105,16 +106,16 @@ def fractals(n, seed, size=32, classes=64, points=1600):
 
     rng, labels = np.random.default_rng([1989, seed]), np.arange(n) % classes
     A, b, p, middle, extent = np.split(table[labels], [16, 24, 28, 30], 1)
-    A = A.reshape(n, 4, 2, 2) + rng.normal(0, 0.04, (n, 4, 2, 2)).astype(np.float32)
+    A = A.reshape(n, 4, 2, 2) + rng.normal(0, 0.02, (n, 4, 2, 2)).astype(np.float32)
     A *= np.minimum(1, 0.9 / np.linalg.norm(A, 2, (2, 3), keepdims=True))  # stay contractive
-    b = b.reshape(n, 4, 2) + rng.normal(0, 0.04, (n, 4, 2)).astype(np.float32)
+    b = b.reshape(n, 4, 2) + rng.normal(0, 0.02, (n, 4, 2)).astype(np.float32)
     x = (play(A, b, p, rng, points) - middle[:, None]) / extent[:, None]
-    x = x @ turn(rng.uniform(-0.35, 0.35, n)) * rng.uniform(0.55, 0.9, (n, 1, 1)) + rng.uniform(0.34, 0.66, (n, 1, 2))
+    x = x @ turn(rng.uniform(-0.35, 0.35, n)) * rng.uniform(0.55, 0.95, (n, 1, 1)) + rng.uniform(0.3, 0.7, (n, 1, 2))
     x[..., 0] = np.where(rng.random((n, 1)) < 0.5, x[..., 0], 1 - x[..., 0])
     hits = count(x, 2 * size)  # twice the resolution, so that the edges come out smooth
     ink = (1 - np.exp(-2 * size * size * hits / points)).reshape(n, size, 2, size, 2).mean((2, 4))[..., None]
-    light = rng.uniform(0.75, 1.05, (n, 1, 1, 1))
-    picture = (np.array([0.95, 0.93, 0.84]) * (1 - ink) + np.array([0.10, 0.33, 0.24]) * ink) * light
+    light = rng.uniform(0.8, 1.0, (n, 1, 1, 1))
+    picture = (np.array([0.04, 0.05, 0.08]) * (1 - ink) + np.array([0.55, 0.95, 0.65]) * ink) * light
     return (255 * picture.clip(0, 1)).astype(np.uint8), labels
 
 

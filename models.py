@@ -231,7 +231,10 @@ def make_head(kind, d, c=128):
         layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
     if kind == "dropout":
         layers.insert(2, nn.Dropout(0.5))
-    return initialize(nn.Sequential(*layers[:-1]))
+    head = initialize(nn.Sequential(*layers[:-1]))
+    with torch.no_grad():  # a longer embedding turns more slowly: at equal rates the head runs ahead of the backbone
+        head[-1].weight *= 4
+    return head
 
 
 # --------------------------------------------------------------------------------------- weights from elsewhere

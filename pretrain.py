@@ -63,19 +63,22 @@ def parse(argv=None):
 
     group = parser.add_argument_group("network")
     flag("--arch", "mobilenetv3", str, ", ".join(models.ARCHS))
-    flag("--stem", "auto", str, "imagenet, small (stride 1 for small images), or auto: small up to 64 pixels")
+    flag("--stem", None, str, "imagenet, or small (stride 1, for small images); auto: small up to 64 pixels, but for the fast fractals imagenet",
+         lambda n, a: "small" if a.size <= 64 and a.data != "fractals" else "imagenet")
     flag("--head", "simple", str, f"projection head: {', '.join(models.HEADS)}, or a hidden width; MoCo v2: simple, Shi 2022: wide")
     flag("--dim", 128, int, "width C of the embedding (MoCo)")
     flag("--init", "random", str, "where the backbone starts: random, or a checkpoint of any known format")
 
     group = parser.add_argument_group("contrast")
     flag("--temp", 0.2, float, "temperature of InfoNCE; MoCo v2: 0.2, Shi 2022: 0.1")
-    flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a tenth of the images as a power of two, 4 batches to 65536",
-         lambda n, a: min(n, max(4 * a.batch, power(min(65536, n // 10)))))
-    flag("--momentum", None, float, "m of the key encoder; auto: MoCo's 0.999 if the queue lasts over 32 steps, else 0.99",
-         lambda n, a: 0.999 if a.queue > 32 * a.batch else 0.99)
-    flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, of 32 or more",
-         lambda n, a: next(s for s in range(max(rank_world()[1], min(8, a.batch // 32)), 0, -1)
+    flag("--momentum", None, float, "m of the key encoder; MoCo: 0.999; auto: that for runs of 100,000 steps, 0.99 from 5,000, else 0.9, "
+         "for a key encoder that lags by more than a few per cent of the run teaches the past",
+         lambda n, a: 0.999 if total_steps(n, a) >= 100_000 else 0.99 if total_steps(n, a) >= 5_000 else 0.9)
+    flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a power of two up to a tenth of the images, whose oldest keys are "
+         "younger than 0.4 / (1 - m) steps, so that all are of nearly one encoder",
+         lambda n, a: min(n, max(2 * a.batch, power(min(65536, n // 10, 0.4 * a.batch / (1 - a.momentum) + 1)))))
+    flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, fewer if they would have under 64 images, but 2",
+         lambda n, a: next(s for s in range(max(2, rank_world()[1], min(8, a.batch // 64)), 0, -1)
                            if a.batch % s == 0 and s % rank_world()[1] == 0))
 
     group = parser.add_argument_group("augmentation (defaults: MoCo v2)")
@@ -87,11 +90,12 @@ def parse(argv=None):
     flag("--hide", False, bool, "hide-and-seek: hide cells of a grid with the mean (Singh & Lee 2017, Shi 2022)")
 
     group = parser.add_argument_group("optimization")
-    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 30", lambda n, a: 30 if a.data == "fractals" else 200)
+    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 15", lambda n, a: 15 if a.data == "fractals" else 200)
     flag("--steps", 0, int, "steps of the whole run instead of --epochs; 0: as many as --epochs says")
-    flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two near 1/80 of the images, 32 to 256",
-         lambda n, a: max(2, min(max(32, power(min(256, n // 80))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
-    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch", lambda n, a: 0.03 * a.batch / 256)
+    flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/40 of the images, 32 to 256",
+         lambda n, a: max(2, min(max(32, power(min(256, n // 40))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
+    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch",
+         lambda n, a: 0.03 * a.batch / 256)
     flag("--wd", 1e-4, float, "weight decay (MoCo); SGD's momentum is 0.9")
     flag("--warmup", 0, float, "epochs of linear warm-up (MoCo: none)")
     flag("--schedule", "cosine", str, "of the learning rate (MoCo v2: cosine)", choices=["cosine", "constant"])
@@ -104,7 +108,7 @@ def parse(argv=None):
     flag("--precision", "auto", str, "of the networks, bfloat16 by autocast; auto: bfloat16 on CUDA",
          choices=["auto", "float32", "bfloat16"])
     flag("--compile", "auto", str, "torch.compile with CUDA graphs; auto: on CUDA", choices=["auto", "on", "off"])
-    flag("--knn-every", None, int, "epochs between looks at held-out images; auto: a tenth of the run", lambda n, a: max(1, a.epochs // 10))
+    flag("--knn-every", None, int, "epochs between looks at held-out images; auto: a fifth of the run", lambda n, a: max(1, a.epochs // 5))
     flag("--profile", 0, int, "run N steps, print where their time goes as one JSON object, and end")
 
     args = parser.parse_args(argv)
@@ -117,6 +121,10 @@ def parse(argv=None):
     return args
 
 
+def total_steps(n, args):
+    return args.steps or args.epochs * (n // args.batch)  # the last incomplete batch of an epoch is dropped
+
+
 def power(n):
     """The largest power of two up to n."""
     return 1 << max(0, int(n).bit_length() - 1)
@@ -124,11 +132,11 @@ def power(n):
 
 def resolve(args, n):
     """Fill in what is `auto`, in an order in which each rule finds what it needs, and refuse what cannot work."""
-    picked = [name for name in ("batch", "queue", "momentum", "bn_splits", "epochs", "lr", "knn_every") if getattr(args, name) is None]
+    picked = [name for name in ("stem", "batch", "epochs", "momentum", "queue", "bn_splits", "lr", "knn_every") if getattr(args, name) is None]
     for name in picked:
         setattr(args, name, AUTO[name](n, args))
     if picked:
-        say(f"picked for {n:,} images: " + ", ".join(f"--{name.replace('_', '-')} {getattr(args, name):g}" for name in picked))
+        say(f"picked for {n:,} images: " + ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in picked))
     world = rank_world()[1]
     for wrong, message in [
         (args.batch > n, f"--batch {args.batch}: there are only {n} images; lower it"),
@@ -242,7 +250,8 @@ def extract(network, images, size, device, rows=None):
     share = -(-len(rows) // world)
     mine = rows[torch.arange(rank * share, (rank + 1) * share) % len(rows)]  # equal shares; what is double falls off
     if images.pixels is None:
-        loader = torch.utils.data.DataLoader(data.Stream(images, size), 128, sampler=mine.tolist(), num_workers=2)
+        loader = torch.utils.data.DataLoader(data.Stream(images, size), 128, sampler=mine.tolist(), num_workers=2,
+                                             generator=data.seeded("workers"))  # else it would draw from dropout's numbers
         parts = [network(data.center(crops[:, 0].to(device), size)) for crops, _ in loader]
     else:
         parts = [network(data.center(images.pixels[part.to(device)], size)) for part in mine.split(256)]
@@ -311,7 +320,8 @@ def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
 
     streamed, bad = images.pixels is None, set()
     loader = iter(torch.utils.data.DataLoader(data.Stream(images, args.size, args.crop), batch_sampler=items(),
-                                              num_workers=args.workers, pin_memory=device.type == "cuda")) if streamed else None
+                                              num_workers=args.workers, pin_memory=device.type == "cuda",
+                                              generator=data.seeded("workers"))) if streamed else None
     for step in steps:
         rows, u, perm = data.schedule(len(images), args.batch, args.seed, step, args.hide)
         shuffled = perm[mine]
@@ -388,8 +398,7 @@ def main(argv=None):
     train, test, args.size = data.load(args.data, args.root, args.size, args.seed, device, args.stream, args.workers)
     n = len(train)
     resolve(args, n)
-    epoch_steps = n // args.batch  # the last incomplete batch is dropped
-    steps = args.steps or args.epochs * epoch_steps
+    epoch_steps, steps = n // args.batch, total_steps(n, args)
 
     # The networks. Every process starts from the same seed, so none needs to be sent weights.
     torch.manual_seed(args.seed)
@@ -511,6 +520,7 @@ def main(argv=None):
     report(moco.encoder_q.backbone, untrained.to(device).eval(), train, test, args, device, out)
     if world > 1:
         dist.destroy_process_group()
+    return moco
 
 
 def choose_folder(args, rank):

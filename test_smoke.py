@@ -475,7 +475,8 @@ def test_a_run_end_to_end_and_resumed(stream, tmp_path, capsys, monkeypatch):
     assert Image.open(tmp_path / "whole/views.png").size == (8 * 96, 3 * 96)
     state, info = models.read_backbone(tmp_path / "whole")
     assert (info["arch"], info["size"], info["stem"]) == ("mobilenetv3_small", 32, "imagenet")
-    assert all(torch.equal(v, models.read_backbone(tmp_path / "whole/last.pt")[0][k]) for k, v in state.items())
+    last = models.read_backbone(tmp_path / "whole/last.pt")[0]
+    assert all(torch.equal(v, last[k]) for k, v in state.items())
     torchvision.models.mobilenet_v3_small().load_state_dict(torch.load(tmp_path / "whole/backbone.pt"), strict=False)
     with pytest.raises(InputError, match="--resume"):
         run(*common, "--out", tmp_path / "whole")

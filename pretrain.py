@@ -570,11 +570,11 @@ def probe_features(network, train, test, args, device):
 @torch.no_grad()
 def features_of_views(network, images, args, device):
     """Features (N, D) of the two views of up to 2,000 images."""
-    rank, world = rank_world()
     few = copy.copy(args)
-    few.batch = min(2000, len(images)) // 10
-    pairs = [(network(v_q), torch.empty_like(v_k).index_copy_(0, perm, v_k)) for v_q, v_k, perm in batches(images, few, range(10), device, 0, 1)]
-    return torch.cat([q for q, _ in pairs]), torch.cat([network(v) for _, v in pairs])
+    few.batch = -(-min(2000, len(images)) // 10)
+    parts = [(network(v_q), torch.empty_like(v_k).index_copy_(0, perm, v_k))
+             for v_q, v_k, perm in batches(images, few, range(len(images) // few.batch)[:10], device, 0, 1)]
+    return torch.cat([q for q, _ in parts]), torch.cat([network(v_k) for _, v_k in parts])
 
 
 def report(network, untrained, train, test, args, device, out):

@@ -106,15 +106,15 @@ def fractals(n, seed, size=32, classes=64, points=1600):
 
     rng, labels = np.random.default_rng([1989, seed]), np.arange(n) % classes
     A, b, p, middle, extent = np.split(table[labels], [16, 24, 28, 30], 1)
-    A = A.reshape(n, 4, 2, 2) + rng.normal(0, 0.03, (n, 4, 2, 2)).astype(np.float32)
+    A = A.reshape(n, 4, 2, 2) + rng.normal(0, 0.02, (n, 4, 2, 2)).astype(np.float32)
     A *= np.minimum(1, 0.9 / np.linalg.norm(A, 2, (2, 3), keepdims=True))  # stay contractive
-    b = b.reshape(n, 4, 2) + rng.normal(0, 0.03, (n, 4, 2)).astype(np.float32)
+    b = b.reshape(n, 4, 2) + rng.normal(0, 0.02, (n, 4, 2)).astype(np.float32)
     x = (play(A, b, p, rng, points) - middle[:, None]) / extent[:, None]
-    x = x @ turn(rng.uniform(-0.35, 0.35, n)) * rng.uniform(0.7, 1.1, (n, 1, 1)) + rng.uniform(0.35, 0.65, (n, 1, 2))
+    x = x @ turn(rng.uniform(-0.35, 0.35, n)) * rng.uniform(0.6, 1.0, (n, 1, 1)) + rng.uniform(0.32, 0.68, (n, 1, 2))
     x[..., 0] = np.where(rng.random((n, 1)) < 0.5, x[..., 0], 1 - x[..., 0])
     hits = count(x, 2 * size)  # twice the resolution, so that the edges come out smooth
     ink = (1 - np.exp(-2 * size * size * hits / points)).reshape(n, size, 2, size, 2).mean((2, 4))[..., None]
-    light = rng.uniform(0.8, 1.0, (n, 1, 1, 1))
+    light = rng.uniform(0.6, 1.0, (n, 1, 1, 1))
     picture = (np.array([0.04, 0.05, 0.08]) * (1 - ink) + np.array([0.55, 0.95, 0.65]) * ink) * light
     return (255 * picture.clip(0, 1)).astype(np.uint8), labels
 

@@ -90,12 +90,12 @@ def parse(argv=None):
     flag("--hide", False, bool, "hide-and-seek: hide cells of a grid with the mean (Singh & Lee 2017, Shi 2022)")
 
     group = parser.add_argument_group("optimization")
-    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 15", lambda n, a: 15 if a.data == "fractals" else 200)
+    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 12", lambda n, a: 12 if a.data == "fractals" else 200)
     flag("--steps", 0, int, "steps of the whole run instead of --epochs; 0: as many as --epochs says")
-    flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/40 of the images, 32 to 256",
-         lambda n, a: max(2, min(max(32, power(min(256, n // 40))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
-    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch",
-         lambda n, a: 0.03 * a.batch / 256)
+    flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/80 of the images, 32 to 256",
+         lambda n, a: max(2, min(max(32, power(min(256, n // 80))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
+    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch, twice that in runs "
+         "under 5,000 steps", lambda n, a: (0.06 if total_steps(n, a) < 5_000 else 0.03) * a.batch / 256)
     flag("--wd", 1e-4, float, "weight decay (MoCo); SGD's momentum is 0.9")
     flag("--warmup", 0, float, "epochs of linear warm-up (MoCo: none)")
     flag("--schedule", "cosine", str, "of the learning rate (MoCo v2: cosine)", choices=["cosine", "constant"])
@@ -295,7 +295,7 @@ def ridge(train_x, train_y, test_x, test_y):
 
 def alignment_uniformity(a, b):
     """Features of two views (N, D) -> mean squared distance of positives, log mean e^(-2 d^2) of all pairs (Wang & Isola 2020)."""
-    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    a, b = F.normalize(a.cpu(), dim=1), F.normalize(b.cpu(), dim=1)
     return (a - b).square().sum(1).mean().item(), torch.pdist(a).square().mul(-2).exp().mean().log().item()
 
 
@@ -415,7 +415,8 @@ def main(argv=None):
     if device.type == "cuda":
         moco.queue = moco.queue.half()  # what flash attention reads; a unit vector loses nothing that the loss notices
     encoder_q = moco.encoder_q
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):  # small networks are launch-bound
+    compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
+    if compiled:  # small networks are launch-bound
         moco.encoder_q.compile(mode="reduce-overhead")
         moco.encoder_k.compile(mode="reduce-overhead")
     if world > 1:  # averages gradients; each process keeps its BatchNorm statistics, and the first one's count
@@ -429,6 +430,8 @@ def main(argv=None):
         """One step of MoCo v2: (loss, instance accuracy) as a tensor (2,)."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, steps, epoch_steps)
+        if compiled:  # a CUDA graph's outputs last until the next step
+            torch.compiler.cudagraph_mark_step_begin()
         with autocast():
             q = encoder_q(v_q)
         mark("query_forward")

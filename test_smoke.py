@@ -405,6 +405,23 @@ def test_info_nce_never_holds_the_logits():
     assert 0 < Largest.size <= 256 * 65536 // 32
 
 
+def test_training_with_the_plain_formula_is_the_same(tmp_path, monkeypatch):
+    make_folder(tmp_path / "flat", classes=(".",), per=20)
+    curves = []
+    for name, formula in (("fused", pretrain.info_nce), ("plain", plain_info_nce)):
+        seen = []
+
+        def record(*args, formula=formula, seen=seen):
+            loss, hits = formula(*args)
+            seen.append(loss.mean().item())
+            return loss, hits
+
+        monkeypatch.setattr(pretrain, "info_nce", record)
+        run("--data", tmp_path / "flat", "--epochs", 4, "--out", tmp_path / name, *SMALL)
+        curves.append(seen)
+    assert len(curves[0]) == 8 and len(set(curves[0])) == 8 and curves[0] == pytest.approx(curves[1], abs=1e-3)
+
+
 def tiny_moco(queue=10):
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())

@@ -1,6 +1,6 @@
 """MoCo v2 pretraining of a small network on unlabeled images, in one file.
 
-    torchrun pretrain.py --arch mobilenetv3 --temp 0.1                      # three minutes on a laptop, no download
+    torchrun pretrain.py --arch mobilenetv3 --temp 0.1                      # some minutes on a laptop, no download 
     torchrun pretrain.py --data FOLDER --arch mobilenetv3 --temp 0.1        # your own images, with or without labels
     torchrun --nproc-per-node 8 pretrain.py --data FOLDER ...               # eight GPUs; --batch is their total
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 pretrain.py ...  # two nodes

@@ -407,6 +407,7 @@ def test_info_nce_never_holds_the_logits():
 
 def test_training_with_the_plain_formula_is_the_same(tmp_path, monkeypatch):
     make_folder(tmp_path / "flat", classes=(".",), per=20)
+    monkeypatch.setitem(models.ARCHS, "plain", NoBatchNorm)  # statistics of so small a batch would amplify rounding
     curves = []
     for name, formula in (("fused", pretrain.info_nce), ("plain", plain_info_nce)):
         seen = []
@@ -417,9 +418,9 @@ def test_training_with_the_plain_formula_is_the_same(tmp_path, monkeypatch):
             return loss, hits
 
         monkeypatch.setattr(pretrain, "info_nce", record)
-        run("--data", tmp_path / "flat", "--epochs", 4, "--out", tmp_path / name, *SMALL)
+        run("--data", tmp_path / "flat", "--out", tmp_path / name, *SMALL, "--arch", "plain", "--steps", 50, "--lr", 0.05)
         curves.append(seen)
-    assert len(curves[0]) == 8 and len(set(curves[0])) == 8 and curves[0] == pytest.approx(curves[1], abs=1e-3)
+    assert len(set(curves[0])) == 50 and curves[0] == pytest.approx(curves[1], abs=1e-4)
 
 
 def tiny_moco(queue=10):
@@ -583,8 +584,7 @@ def worker(folder, argv):
     torch.save({"model": moco.state_dict(), "order": order}, Path(folder) / f"rank{os.environ.get('RANK', 0)}.pt")
 
 
-@pytest.mark.parametrize("arch", ["plain", "mobilenetv3_small"])
-@pytest.mark.parametrize("stream", ["off", "on"])
+@pytest.mark.parametrize("arch,stream", [("plain", "off"), ("plain", "on"), ("mobilenetv3_small", "off")])
 def test_two_processes(arch, stream, tmp_path):
     make_folder(tmp_path / "images/train", per=9), make_folder(tmp_path / "images/test", per=3)
     common = [*map(str, SMALL), "--arch", arch, "--data", str(tmp_path / "images"), "--stream", stream, "--steps", "10", "--seed", "1", "--lr", "0.05"]

@@ -1,6 +1,6 @@
 """MoCo v2 pretraining of a small network on unlabeled images, in one file.
 
-    torchrun pretrain.py --arch mobilenetv3 --temp 0.1                      # some minutes on a laptop, no download 
+    torchrun pretrain.py --arch mobilenetv3 --temp 0.1                      # some minutes on a laptop, no download
     torchrun pretrain.py --data FOLDER --arch mobilenetv3 --temp 0.1        # your own images, with or without labels
     torchrun --nproc-per-node 8 pretrain.py --data FOLDER ...               # eight GPUs; --batch is their total
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 pretrain.py ...  # two nodes
@@ -76,10 +76,10 @@ def parse(argv=None):
          lambda n, a: 0.999 if total_steps(n, a) >= 100_000 else 0.99 if total_steps(n, a) >= 5_000 else 0.9)
     flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a power of two up to a tenth of the images, whose oldest keys are "
          "younger than 0.4 / (1 - m) steps, so that all are of nearly one encoder",
-         lambda n, a: min(n, max(2 * a.batch, power(min(65536, n // 10, 0.4 * a.batch / (1 - a.momentum) + 1)))))
+         lambda n, a: min(n, max(2 * a.batch, power(min(65536, n // 10, 0.4 * a.batch / max(1e-6, 1 - a.momentum) + 1)))))
     flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, fewer if they would have under 64 images, but 2",
-         lambda n, a: next(s for s in range(max(2, rank_world()[1], min(8, a.batch // 64)), 0, -1)
-                           if a.batch % s == 0 and s % rank_world()[1] == 0))
+         lambda n, a: next((s for s in range(max(2, rank_world()[1], min(8, a.batch // 64)), 0, -1)
+                           if a.batch % s == 0 and s % rank_world()[1] == 0), rank_world()[1]))
 
     group = parser.add_argument_group("augmentation (defaults: MoCo v2)")
     flag("--crop", [0.2, 1.0], float, "range of the random resized crop's area", nargs=2, metavar=("LO", "HI"))
@@ -122,7 +122,7 @@ def parse(argv=None):
 
 
 def total_steps(n, args):
-    return args.steps or args.epochs * (n // args.batch)  # the last incomplete batch of an epoch is dropped
+    return args.steps or args.epochs * (n // max(1, args.batch))  # the last incomplete batch of an epoch is dropped
 
 
 def power(n):
@@ -188,7 +188,7 @@ class MoCo(nn.Module):
         """Unit keys (B, C) of the whole batch in the order of its queries, from this process's share (n, 3, H, W) of the
         views in the order `perm`: so a query's BatchNorm statistics are of other images than its key's (section 3.3)."""
         k = data.gather(self.encoder_k(v_k, splits))
-        return torch.empty_like(k).index_copy_(0, perm, k)
+        return unshuffle(k, perm)
 
     @torch.no_grad()
     def enqueue(self, k, step):
@@ -301,8 +301,9 @@ def alignment_uniformity(a, b):
 
 # ------------------------------------------------------------------------------------------------- views to train on
 
-def augmentation(args):
-    return dict(jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
+def unshuffle(x, perm):
+    """Rows that came in the order `perm`, in their own order again."""
+    return torch.empty_like(x).index_copy_(0, perm, x)
 
 
 def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
@@ -366,7 +367,7 @@ def save_views(images, args, path):
     v_q, v_k, perm = next(batches(images, few, range(1), torch.device("cpu"), 0, 1))
     rows = data.schedule(len(images), few.batch, args.seed, 0)[0]
     original = torch.cat([data.center(images.crop(row, args.size), args.size) for row in rows.tolist()])
-    grid = torch.stack([original, v_q, torch.empty_like(v_k).index_copy_(0, perm, v_k)])
+    grid = torch.stack([original, v_q, unshuffle(v_k, perm)])
     mean, std = torch.tensor(data.MEAN), torch.tensor(data.STD)
     grid = (grid.permute(0, 3, 1, 4, 2) * std + mean).mul(255).round().clamp(0, 255).byte()
     s = max(1, 96 // args.size)  # small views are enlarged
@@ -575,7 +576,7 @@ def features_of_views(network, images, args, device):
     """Features (N, D) of the two views of up to 2,000 images."""
     few = copy.copy(args)
     few.batch = -(-min(2000, len(images)) // 10)
-    parts = [(network(v_q), torch.empty_like(v_k).index_copy_(0, perm, v_k))
+    parts = [(network(v_q), unshuffle(v_k, perm))
              for v_q, v_k, perm in batches(images, few, range(len(images) // few.batch)[:10], device, 0, 1)]
     return torch.cat([q for q, _ in parts]), torch.cat([network(v_k) for _, v_k in parts])
 

@@ -533,7 +533,7 @@ def test_profile(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--arch", "vgg"], "--arch vgg"), (["--batch", 100], "--batch 100"), (["--queue", 8], "--queue 8"), (["--queue", 500], "--queue 500"),
+    (["--arch", "vgg"], "--arch vgg"), (["--batch", 100], "--batch 100"), (["--batch", 0], "--batch 0"), (["--queue", 8], "--queue 8"), (["--queue", 500], "--queue 500"),
     (["--temp", 0], "--temp 0"), (["--bn-splits", 3], "--bn-splits 3"), (["--crop", 0.5, 0.2], "--crop"), (["--head", "tall"], "--head tall"),
     (["--init", "resnet.pt"], "resnet.pt"), (["--init", "hostile.pt"], "hostile.pt"), (["--init", "torn.pt"], "torn.pt"),
     (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume"], "--out"), (["--stem", "odd"], "--stem odd")])
@@ -584,7 +584,8 @@ def worker(folder, argv):
     torch.save({"model": moco.state_dict(), "order": order}, Path(folder) / f"rank{os.environ.get('RANK', 0)}.pt")
 
 
-@pytest.mark.parametrize("arch,stream", [("plain", "off"), ("plain", "on"), ("mobilenetv3_small", "off")])
+@pytest.mark.parametrize("arch", ["plain", "mobilenetv3_small"])
+@pytest.mark.parametrize("stream", ["off", "on"])
 def test_two_processes(arch, stream, tmp_path):
     make_folder(tmp_path / "images/train", per=9), make_folder(tmp_path / "images/test", per=3)
     common = [*map(str, SMALL), "--arch", arch, "--data", str(tmp_path / "images"), "--stream", stream, "--steps", "10", "--seed", "1", "--lr", "0.05"]

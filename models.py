@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -23,13 +24,27 @@ class InputError(ValueError):
 
 # ----------------------------------------------------------------------------------------------- building blocks
 
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d with an odd kernel and `padding` half of it, either dense or one kernel a channel.
+
+    A map of 1x1, which small images end in, meets only the middle of the kernel: that is a matrix product, or a factor
+    for each channel, and costs half of what the CPU's convolution takes for it (a ninth under a dense 3x3).
+    """
+
+    def forward(self, x):
+        if x.shape[2:] != (1, 1):
+            return super().forward(x)
+        middle = self.weight[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2]
+        return F.linear(x.flatten(1), middle, self.bias)[..., None, None] if self.groups == 1 else x * middle[..., None]
+
+
 def conv_bn(cin, cout, kernel=3, stride=1, groups=1, act=nn.ReLU, eps=1e-5):
     """Convolution, BatchNorm, activation (`act=None`: none), in torchvision's order and names.
 
     BatchNorm keeps torch's momentum of 0.1 everywhere: with torchvision's 0.01 for MobileNetV3 the running
     statistics lag hundreds of steps behind the weights, and a short run is judged by networks that never were.
     """
-    layers = [nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(cout, eps)]
+    layers = [Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(cout, eps)]
     return nn.Sequential(*layers, *([act(inplace=True)] if act else []))
 
 
@@ -38,7 +53,7 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels, squeeze, act, gate):
         super().__init__()
-        self.fc1, self.fc2 = nn.Conv2d(channels, squeeze, 1), nn.Conv2d(squeeze, channels, 1)
+        self.fc1, self.fc2 = Conv2d(channels, squeeze, 1), Conv2d(squeeze, channels, 1)
         self.act, self.gate = act(), gate()
 
     def forward(self, x):
@@ -75,7 +90,7 @@ class ResidualBlock(nn.Module):
         shapes = [(cin, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)] if bottleneck else \
                  [(cin, width, 3, stride), (width, width, 3, 1)]
         for i, (a, b, kernel, s) in enumerate(shapes, 1):
-            setattr(self, f"conv{i}", nn.Conv2d(a, b, kernel, s, kernel // 2, bias=False))
+            setattr(self, f"conv{i}", Conv2d(a, b, kernel, s, kernel // 2, bias=False))
             setattr(self, f"bn{i}", nn.BatchNorm2d(b))
         self.depth, cout = len(shapes), shapes[-1][1]
         self.downsample = conv_bn(cin, cout, 1, stride, act=None) if stride > 1 or cin != cout else None

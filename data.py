@@ -1,6 +1,6 @@
 """Images in, two views out.
 
-    train, test, size = load("fractals", seed=0)           # or cifar10, cifar100, stl10, or any folder of images
+    train, test, size = load("fractals", seed=0)           # or cifar10, cifar100, stl10, caltech101, or any folder of images
     rows, u, perm = schedule(len(train), batch=64, seed=0, step=0)
     views = augment(train.pixels[rows], u[0], size)        # (64, 3, size, size), normalized, channels_last
 
@@ -13,7 +13,7 @@ import os
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -31,6 +31,20 @@ def rank_world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def start(name):
+    """The device `name` (auto: the first there is), and under torchrun this process's one and its process group."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
 def gather(x):
     """The rows of all processes' `x`, which have one shape, in the order of the processes."""
     if not dist.is_initialized():
@@ -38,6 +52,12 @@ def gather(x):
     out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous())
     return out
+
+
+def save(path, content):
+    """Write under a temporary name, then rename: a reader finds the old file or the new one, never half a file."""
+    torch.save(content, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 
 def seeded(*key):
@@ -203,22 +223,41 @@ class Images:
     classes: list
     pixels: torch.Tensor = None
     paths: list = None
+    bad: set = field(default_factory=set)  # rows of unreadable files
 
     def __len__(self):
         return len(self.labels)
 
-    def crop(self, row, size):
-        """The center square of one image, (1, 3, R, R) uint8."""
-        return self.pixels[row:row + 1].cpu() if self.paths is None else Stream(self, size)[row][0]
+    def squares(self, rows, size):
+        """The center squares of `rows`, (n, 3, R, R) uint8 on the CPU."""
+        if self.paths is None:
+            return self.pixels[rows.to(self.pixels.device)].cpu()
+        return torch.cat([Stream(self, size)[row][0] for row in rows.tolist()])
+
+    def stream(self, size, items, device, workers, crop=None):
+        """For each of `items`, a list of what `Stream` takes: uint8 crops (n, V, 3, size, size) that workers decoded.
+
+        A file that turns out to be unreadable is named once, and its label becomes unknown (-1).
+        """
+        loader = torch.utils.data.DataLoader(
+            Stream(self, size, crop), batch_sampler=items, num_workers=workers, pin_memory=device.type == "cuda",
+            generator=seeded("workers"))  # else it would draw from the numbers that dropout draws from
+        for crops, unreadable in loader:
+            new = {row for row in unreadable.tolist() if row >= 0} - self.bad
+            report_unreadable([self.paths[row] for row in sorted(new)])
+            self.bad |= new
+            self.labels[list(new)] = -1
+            yield crops.to(device, non_blocking=True)
 
 
-def load_folder(folder, size, device, stream, workers):
+def load_folder(folder, size, device, stream, workers, per_class=None):
     """Train and held-out Images of a folder: train/CLASS/* with val/ or test/, CLASS/*, or images without labels.
 
-    Without val/ or test/ every tenth labelled image is held out; without labels nothing is.
+    Without val/ or test/ every tenth labelled image is held out, or all but `per_class` of each class; without labels
+    nothing is.
     """
     if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder, and not one of fractals, cifar10, cifar100, stl10")
+        raise InputError(f"--data {folder}: no such folder, and not one of fractals, cifar10, cifar100, stl10, caltech101")
     parts = [folder / "train"] if (folder / "train").is_dir() else [folder]
     parts += [folder / held for held in ("val", "test") if parts[0] != folder and (folder / held).is_dir()][:1]
     found = [scan(part) for part in parts]
@@ -227,6 +266,12 @@ def load_folder(folder, size, device, stream, workers):
     classes = sorted({name for _, name in found[0]})
     if "" in classes or len(classes) < 2:  # images beside the folders, or a single folder: no labels
         classes, found = [], found[:1]
+    elif per_class:
+        classes = [name for name in classes if name != "BACKGROUND_Google"]  # Caltech-101's, which torchvision leaves out, too
+        groups = [[f for f in found[0] if f[1] == name] for name in classes]
+        orders = [torch.randperm(len(g), generator=seeded("split", name)).tolist() for g, name in zip(groups, classes)]
+        found = [[g[i] for g, order in zip(groups, orders) for i in sorted(order[part])]
+                 for part in (slice(per_class), slice(per_class, None))]
     elif len(found) == 1:
         found = [[f for i, f in enumerate(found[0]) if i % 10 != 9], found[0][9::10]]
     elif {name for _, name in found[1]} - set(classes):
@@ -325,6 +370,14 @@ def load(name, root="data", size=None, seed=0, device="cpu", stream="auto", work
             pixels = part.data if name != "stl10" else part.data.transpose(0, 2, 3, 1)
             arrays.append((pixels, part.labels if name == "stl10" else part.targets, list(part.classes)))
         size = size or arrays[0][0].shape[1]
+    elif name == "caltech101":
+        folder = Path(root) / "caltech101/101_ObjectCategories"
+        if rank_world()[0] == 0:
+            from torchvision import datasets
+            datasets.Caltech101(root, download=True)
+        if dist.is_initialized():
+            dist.barrier()
+        return load_folder(folder, size, device, stream, workers, per_class=30)  # the split that is usually reported
     else:
         return load_folder(Path(name), size, device, stream, workers)
     train, test = (Images(torch.as_tensor(y).long(), classes, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device))

@@ -227,6 +227,11 @@ def initialize(module):
     return module
 
 
+def last_linear(arch):
+    """torchvision's name of the classifying Linear, which the networks here do without."""
+    return {"r": "fc", "m": "classifier.3", "e": "classifier.1"}[arch[0]]
+
+
 HEADS = ("linear", "simple", "wide", "deep", "dropout")
 
 
@@ -278,7 +283,8 @@ def read_backbone(path, arch=None):
 
     `path`: a run folder, `last.pt`, `backbone.pt`, a torchvision state dict, or a file with a `state_dict` as MoCo,
     ssl-small and SEED write it. Returns (state dict with torchvision's names and without the last Linear; a dict with
-    `arch`, `stem` (None where the weights don't show it), `size` (None where unknown) and the names it `dropped`).
+    `arch`, `stem` (None where the weights don't show it), the names it `dropped`, and, where args.json beside the file
+    says so, `size`, `data`, `root` and `classes`).
     Raises InputError if no network here, or not `arch`, has these weights. Never executes code from the file.
     """
     path = Path(path)
@@ -301,6 +307,7 @@ def read_backbone(path, arch=None):
                     stem = known.get("stem") if not name.startswith("resnet") else stem
                     dropped = [k for k in state if not (k.startswith(prefix) and k[len(prefix):] in wanted)]
                     return ({k: found[k] for k in wanted},
-                            {"arch": name, "stem": stem, "size": known.get("size"), "dropped": dropped})
+                            {k: known[k] for k in ("size", "data", "root", "classes") if k in known}
+                            | {"arch": name, "stem": stem, "dropped": dropped})
     raise InputError(f"{path}: its weights (such as {', '.join(list(state)[:2])}) are not those of "
                      f"{arch or 'any of ' + ', '.join(ARCHS)}; name the right --arch")

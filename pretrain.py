@@ -30,6 +30,7 @@ from torch import nn
 import data
 import models
 from data import InputError, rank_world, say
+from linear_eval import extract, knn, pixels_of, ridge
 
 # ------------------------------------------------------------------------------------------------------ the flags
 
@@ -71,12 +72,13 @@ def parse(argv=None):
 
     group = parser.add_argument_group("contrast")
     flag("--temp", 0.2, float, "temperature of InfoNCE; MoCo v2: 0.2, Shi 2022: 0.1")
-    flag("--momentum", None, float, "m of the key encoder; MoCo: 0.999; auto: that for runs of 100,000 steps, 0.99 from 5,000, else 0.9, "
+    flag("--momentum", None, float, "m of the key encoder; MoCo: 0.999; auto: that for runs of 100,000 steps, 0.99 from 5,000, else 0.8, "
          "for a key encoder that lags by more than a few per cent of the run teaches the past",
-         lambda n, a: 0.999 if total_steps(n, a) >= 100_000 else 0.99 if total_steps(n, a) >= 5_000 else 0.9)
-    flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a power of two up to a tenth of the images, whose oldest keys are "
-         "younger than 0.4 / (1 - m) steps, so that all are of nearly one encoder",
-         lambda n, a: min(n, max(2 * a.batch, power(min(65536, n // 10, 0.4 * a.batch / max(1e-6, 1 - a.momentum) + 1)))))
+         lambda n, a: 0.999 if total_steps(n, a) >= 100_000 else 0.99 if total_steps(n, a) >= 5_000 else 0.8)
+    flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a power of two up to a tenth of the images, and so short that its oldest "
+         "keys are no staler than MoCo's own, K / batch = 0.256 / (1 - m), but 2 batches: the queries tell stale keys from new ones "
+         "instead of one image from another",
+         lambda n, a: min(n, max(2 * a.batch, power(min(65536, n // 10, 0.2561 * a.batch / max(1e-6, 1 - a.momentum))))))
     flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, fewer if they would have under 64 images, but 2",
          lambda n, a: next((s for s in range(max(2, rank_world()[1], min(8, a.batch // 64)), 0, -1)
                            if a.batch % s == 0 and s % rank_world()[1] == 0), rank_world()[1]))
@@ -90,7 +92,7 @@ def parse(argv=None):
     flag("--hide", False, bool, "hide-and-seek: hide cells of a grid with the mean (Singh & Lee 2017, Shi 2022)")
 
     group = parser.add_argument_group("optimization")
-    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 12", lambda n, a: 12 if a.data == "fractals" else 200)
+    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 16", lambda n, a: 16 if a.data == "fractals" else 200)
     flag("--steps", 0, int, "steps of the whole run instead of --epochs; 0: as many as --epochs says")
     flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/80 of the images, 32 to 256",
          lambda n, a: max(2, min(max(32, power(min(256, n // 80))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
@@ -242,57 +244,6 @@ def attend(q, queue, scale):
 
 # ---------------------------------------------------------------------------------------- how good are the features
 
-@torch.no_grad()
-def extract(network, images, size, device, rows=None):
-    """Features (N, D) float32 of `images` (those in `rows`), center crop; each process computes its share."""
-    rank, world = rank_world()
-    rows = torch.arange(len(images)) if rows is None else rows
-    share = -(-len(rows) // world)
-    mine = rows[torch.arange(rank * share, (rank + 1) * share) % len(rows)]  # equal shares; what is double falls off
-    if images.pixels is None:
-        loader = torch.utils.data.DataLoader(data.Stream(images, size), 128, sampler=mine.tolist(), num_workers=2,
-                                             generator=data.seeded("workers"))  # else it would draw from dropout's numbers
-        parts = [network(data.center(crops[:, 0].to(device), size)) for crops, _ in loader]
-    else:
-        parts = [network(data.center(images.pixels[part.to(device)], size)) for part in mine.split(256)]
-    return data.gather(torch.cat(parts).float())[:len(rows)]
-
-
-def knn(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
-    """Accuracy in % of the weighted k-nearest-neighbour vote (Wu et al. 2018): cosine similarity, weight e^(sim / T)."""
-    train_x, test_x, k = F.normalize(train_x, dim=1), F.normalize(test_x, dim=1), min(k, len(train_x))
-    hits, classes = 0, int(train_y.max()) + 1
-    for x, y in zip(test_x.split(1000), test_y.split(1000)):
-        sim, near = (x @ train_x.T).topk(k)
-        votes = torch.zeros(len(x), classes, device=x.device).scatter_add_(1, train_y[near], (sim / temperature).exp())
-        hits += (votes.argmax(1) == y).sum().item()
-    return 100 * hits / len(test_y)
-
-
-def ridge(train_x, train_y, test_x, test_y):
-    """Accuracy in % of a linear probe in closed form: ridge regression of one-hot labels on standardized features.
-
-    The penalty is picked on every fifth training image, then the probe is solved again with all of them.
-    """
-    mean, std = train_x.mean(0), train_x.std(0)
-    std = std.clamp(min=1e-6 * std.max())  # a random MobileNetV3 has features near 1e-10: constant is relative
-    x, t = ((v - mean).div(std).cpu().double() for v in (train_x, test_x))
-    y, labels = F.one_hot(train_y).cpu().double(), train_y.cpu()
-
-    def solve(rows, penalties, x_test):
-        a, b = x[rows], y[rows] - y[rows].mean(0)
-        gram, right, eye = a.T @ a, a.T @ b, torch.eye(a.shape[1], dtype=a.dtype)
-        for penalty in penalties:
-            weight = torch.cholesky_solve(right, torch.linalg.cholesky(gram + penalty * len(a) * eye))
-            yield (x_test @ weight + y[rows].mean(0)).argmax(1)
-
-    held = torch.arange(len(x)) % 5 == 4
-    penalties = [1e-3, 1e-2, 1e-1, 1, 10]
-    scores = [(guess == labels[held]).double().mean().item() for guess in solve(~held, penalties, x[held])]
-    best = penalties[int(np.argmax(scores))]
-    return 100 * (next(solve(held | True, [best], t)) == test_y.cpu()).double().mean().item()
-
-
 def alignment_uniformity(a, b):
     """Features of two views (N, D) -> mean squared distance of positives, log mean e^(-2 d^2) of all pairs (Wang & Isola 2020)."""
     a, b = F.normalize(a.cpu(), dim=1), F.normalize(b.cpu(), dim=1)
@@ -319,19 +270,13 @@ def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
             rows, u, _ = data.schedule(len(images), args.batch, args.seed, step, args.hide)
             yield list(zip(rows[mine].tolist(), u[:, mine, :22].transpose(0, 1)))
 
-    streamed, bad = images.pixels is None, set()
-    loader = iter(torch.utils.data.DataLoader(data.Stream(images, args.size, args.crop), batch_sampler=items(),
-                                              num_workers=args.workers, pin_memory=device.type == "cuda",
-                                              generator=data.seeded("workers"))) if streamed else None
+    streamed = images.pixels is None
+    crops = images.stream(args.size, items(), device, args.workers, args.crop) if streamed else None
     for step in steps:
         rows, u, perm = data.schedule(len(images), args.batch, args.seed, step, args.hide)
         shuffled = perm[mine]
         if streamed:
-            crops, unreadable = next(loader)
-            new = set(unreadable.tolist()) - bad - {-1}
-            data.report_unreadable([images.paths[i] for i in sorted(new)])
-            bad |= new
-            x_q, x_k = crops.to(device, non_blocking=True).unbind(1)
+            x_q, x_k = next(crops).unbind(1)
             x_k = (data.gather(x_k.contiguous()) if world > 1 else x_k)[put(shuffled)]
         else:  # a process that has all images need not be sent any: it picks its share of the shuffled rows
             x_q, x_k = images.pixels[put(rows[mine])], images.pixels[put(rows[shuffled])]
@@ -366,7 +311,7 @@ def save_views(images, args, path):
     few.batch = min(8, len(images))
     v_q, v_k, perm = next(batches(images, few, range(1), torch.device("cpu"), 0, 1))
     rows = data.schedule(len(images), few.batch, args.seed, 0)[0]
-    original = torch.cat([data.center(images.crop(row, args.size), args.size) for row in rows.tolist()])
+    original = data.center(images.squares(rows, args.size), args.size)
     grid = torch.stack([original, v_q, unshuffle(v_k, perm)])
     mean, std = torch.tensor(data.MEAN), torch.tensor(data.STD)
     grid = (grid.permute(0, 3, 1, 4, 2) * std + mean).mul(255).round().clamp(0, 255).byte()
@@ -381,15 +326,7 @@ def main(argv=None):
     args = parse(argv)
 
     # Where: torchrun says which process this is; a single one needs no process group.
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device = data.start(args.device)
     rank, world = rank_world()
     args.workers = AUTO["workers"](0, args) if args.workers is None else args.workers
 
@@ -514,8 +451,8 @@ def main(argv=None):
         if rank == 0:
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(entry) + "\n")
-            save(out / "backbone.pt", {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()})
-            save(out / "last.pt", dict(model=moco.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
+            data.save(out / "backbone.pt", {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()})
+            data.save(out / "last.pt", dict(model=moco.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
                                        seconds=entry["seconds"], random=torch.get_rng_state(), args=vars(args)))
         totals.zero_()
         epoch_start = time.time()
@@ -549,12 +486,6 @@ def learning_rate(args, step, steps, epoch_steps):
     return args.lr * warm * (0.5 * (1 + math.cos(math.pi * step / steps)) if args.schedule == "cosine" else 1)
 
 
-def save(path, content):
-    """Write under a temporary name, then rename: a reader finds the old file or the new one, never half a file."""
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
-
-
 def monitor(network, train, test, args, device):
     """kNN accuracy on held-out images, or alignment and uniformity of the training images where there are no labels."""
     if test is None:
@@ -567,8 +498,8 @@ def probe_features(network, train, test, args, device):
     limit = 10_000 if device.type == "cpu" else 50_000
     rows = (train.labels >= 0).nonzero()[:, 0]
     rows = rows[torch.randperm(len(rows), generator=data.seeded("probe"))[:limit]]
-    return (extract(network, train, args.size, device, rows), train.labels[rows].to(device),
-            extract(network, test, args.size, device), test.labels.to(device))
+    return (*extract(network, train, args.size, device, rows, args.workers),
+            *extract(network, test, args.size, device, workers=args.workers))
 
 
 @torch.no_grad()
@@ -590,15 +521,14 @@ def report(network, untrained, train, test, args, device, out):
         for name, values in table.items():
             say(f"{name:<16}{values[0]:>11.3f}{values[1]:>12.3f}")
     else:
-        pixels = lambda x: F.interpolate(x, (min(args.size, 32),) * 2, mode="area").flatten(1)  # noqa: E731
         say(f"\n{'features':<16}{'kNN %':>8}{'linear %':>10}   ({len(test):,} held-out images, {len(test.classes)} classes)")
         table = {}
-        for name, net in {"learned": network, "random weights": untrained, "raw pixels": pixels}.items():
+        for name, net in {"learned": network, "random weights": untrained, "raw pixels": pixels_of(args.size)}.items():
             features = probe_features(net, train, test, args, device)
             table[name] = knn(*features), ridge(*features)
             say(f"{name:<16}{table[name][0]:>8.1f}{table[name][1]:>10.1f}")
-    say(f"\nThe network is {out}/backbone.pt (torchvision's names). Look at {out}/views.png and {out}/log.jsonl, then try your "
-        f"own images:\n  torchrun pretrain.py --data FOLDER --arch {args.arch} --temp {args.temp:g}")
+    say(f"\nThe network is {out}/backbone.pt (torchvision's names). Look at {out}/views.png and {out}/log.jsonl, then try\n"
+        + f"  python linear_eval.py {out}\n" * (test is not None) + f"  torchrun pretrain.py --data FOLDER --arch {args.arch} --temp {args.temp:g}")
     return table
 
 

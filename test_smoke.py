@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import linear_eval
 import models
 import pretrain
 from data import InputError
@@ -461,10 +462,10 @@ def test_knn_and_ridge_and_alignment():
     votes = [[sum(math.exp((t[i] @ x[j]).item() / 0.1) for j in sorted(range(90), key=lambda j: -(t[i] @ x[j]).item())[:7] if y[j] == c)
               for c in range(3)] for i in range(31)]
     expected = 100 * np.mean([int(np.argmax(v)) == c for v, c in zip(votes, z.tolist())])
-    assert pretrain.knn(3 * x, y, 2 * t, z, k=7) == pytest.approx(expected)
+    assert linear_eval.knn(3 * x, y, 2 * t, z, k=7) == pytest.approx(expected)
     centers = 4 * unit(3, 5, seed=5)
     near = [1e-10 * (c[y] + 3 * unit(len(y), 5, seed=6)) + 7e-10 for c, y in ((centers, y), (centers, z))]  # any scale
-    ours = pretrain.ridge(near[0].float(), y, near[1].float(), z)
+    ours = linear_eval.ridge(near[0].float(), y, near[1].float(), z)
     scaled = [(v - near[0].mean(0)) / near[0].std(0) for v in near]
     augmented = torch.cat([scaled[0], math.sqrt(0.1 * 90) * torch.eye(5, dtype=torch.float64)])  # the penalty as five more rows
     target = torch.cat([F.one_hot(y).double() - 1 / 3, torch.zeros(5, 3, dtype=torch.float64)])
@@ -499,7 +500,7 @@ def test_a_run_end_to_end_and_resumed(stream, tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match="--resume"):
         run(*common, "--out", tmp_path / "whole")
 
-    write = pretrain.save
+    write = data.save
 
     def interrupted(path, content):
         if content.get("step") == 6:
@@ -507,7 +508,7 @@ def test_a_run_end_to_end_and_resumed(stream, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(pretrain, "save", interrupted)
+    monkeypatch.setattr(data, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(*common, "--out", tmp_path / "parts", "--resume")
     monkeypatch.undo()
@@ -551,6 +552,171 @@ def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch):
 def test_bad_input_ends_the_process_with_an_error(tmp_path):
     done = subprocess.run([sys.executable, HERE / "pretrain.py", "--data", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("pretrain.py: --data") and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------- linear_eval.py
+
+def evaluate(*argv):
+    return linear_eval.main([*map(str, argv)])
+
+
+def blobs(n, classes=5, width=12, spread=1.2, seed=0):
+    """Features (n, width) around class centers, some columns large, small or constant, and labels."""
+    y = torch.arange(n) % classes
+    x = 3 * unit(classes, width, seed=99)[y] + spread * torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x * torch.logspace(-3, 2, width, dtype=torch.float64) + 5 * torch.arange(width)).float(), y
+
+
+@pytest.mark.parametrize("penalty", [1e-1, 1e-3])
+def test_fast_probe_is_the_converged_solution(penalty):
+    x, y = blobs(400)
+    scaled = F.pad(((x - x.mean(0)) / x.std(0, correction=0)).double(), (0, 1), value=1)
+    W = torch.zeros(13, 5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([W], max_iter=2000, tolerance_grad=1e-10, tolerance_change=0, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(scaled @ W, y) + penalty / 2 * W.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    features = linear_eval.Standardized(x, torch.device("cpu"))
+    both = linear_eval.logistic(features, y, 5, [penalty, 10.0])  # together with another problem
+    assert (both[0] - W).norm() < 2e-2 * W.norm() and both[1].norm() < 0.2 * W.norm()
+    use = torch.arange(400) % 3 > 0
+    part = linear_eval.logistic(linear_eval.Standardized(x, torch.device("cpu")), y, 5, [penalty], use=use)
+    assert (part[0] - W).norm() > 1e-3 * W.norm()
+    weight, bias = linear_eval.fast_probe(x, y, 5, torch.device("cpu"))  # for the features as they are
+    right = (F.linear(*(v.double() for v in (x, weight, bias))).argmax(1) == y).double().mean()
+    assert right >= ((scaled @ W).argmax(1) == y).double().mean() - 0.03
+
+
+def test_held_out_part_and_label_subsets_are_balanced():
+    y = torch.tensor([0] * 20 + [1] * 7 + [2] * 3 + [3])[torch.randperm(31, generator=torch.Generator().manual_seed(0))]
+    assert y[linear_eval.held_out(y)].bincount(minlength=4).tolist() == [4, 1, 1, 0]
+    labels = torch.cat([torch.arange(200) % 4, torch.full((9,), -1)])
+    for wanted, per in (("0.1", 5), ("7", 7), ("0.001", 1)):
+        rows = linear_eval.labelled_subset(labels, wanted, 0)
+        assert labels[rows].bincount().tolist() == [per] * 4 and torch.equal(rows, linear_eval.labelled_subset(labels, wanted, 0))
+    assert not torch.equal(linear_eval.labelled_subset(labels, "7", 1), linear_eval.labelled_subset(labels, "7", 0))
+    for wanted in ("0", "1.5", "few", "-3"):
+        with pytest.raises(InputError, match="--labels"):
+            linear_eval.labelled_subset(labels, wanted, 0)
+
+
+def test_measure_and_confusion():
+    scores = torch.zeros(40, 7)
+    y = torch.arange(40) % 4  # three classes have no image
+    scores[torch.arange(40), y] = 1
+    scores[:10, 6] = 2  # ten are wrong at first and right among the first five
+    found = linear_eval.measure(scores, y)
+    assert found["top1"] == 75 and found["top5"] == 100 and found["mean_per_class"] == pytest.approx(75, abs=1)
+    assert (found["low"], found["high"]) == (pytest.approx(59.81, abs=0.02), pytest.approx(85.81, abs=0.02))  # Wilson's, from his formula
+    table = linear_eval.confusion(scores, y)
+    assert table.sum() == 40 and table[:, 6].tolist() == [3, 3, 2, 2, 0, 0, 0] and table.diag().sum() == 30
+
+
+def test_features_in_a_file_are_the_features(tmp_path, capsys):
+    make_folder(tmp_path / "train", per=20)
+    images = data.load(str(tmp_path / "train"), stream="off")[0]
+    net = models.build("mobilenetv3_small", "imagenet").eval()
+    x, y = linear_eval.extract(net, images, 32, torch.device("cpu"))
+    z, _ = linear_eval.extract(net, images, 32, torch.device("cpu"), memory=1e-6)
+    assert z.dtype == torch.bfloat16 and torch.allclose(x, z.float(), rtol=1e-2, atol=0) and "kept in half precision" in capsys.readouterr().out
+    assert torch.equal(y, images.labels) and len(x) == 54
+
+
+def test_neighbours_are_the_nearest_also_in_blocks(monkeypatch):
+    x, t = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)), torch.randn(1203, 6, generator=torch.Generator().manual_seed(1))
+    distance, near = torch.cdist(t.double(), x.double()).square().topk(9, largest=False)
+    split = torch.Tensor.split
+    for block in (65536, 100, 7):
+        monkeypatch.setattr(torch.Tensor, "split", lambda self, n, block=block: split(self, block if n == 65536 else n))
+        ours = linear_eval.neighbours(x, t, 9)
+        assert torch.equal(ours[1], near) and torch.allclose(ours[0].double(), distance, atol=1e-4)
+
+
+def test_every_format_evaluates_the_same_and_the_classifier_is_torchvisions(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_folder(tmp_path / "images/train", per=12), make_folder(tmp_path / "images/test", per=5, seed=7)
+    common = ["--data", "images", "--workers", 2, "--stem", "imagenet", "--size", 32]
+    torch.manual_seed(0)
+    weights = models.build("resnet18", "imagenet").state_dict()
+    reference = torchvision.models.resnet18()
+    reference.load_state_dict(weights, strict=False)
+    Path("run").mkdir()
+    torch.save(weights, "run/backbone.pt"), torch.save(reference.state_dict(), "tv.pt")
+    torch.save({"model": {f"encoder_q.backbone.{k}": v for k, v in weights.items()}}, "last.pt")
+    torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in weights.items()} | {"module.encoder_q.fc.0.weight": torch.ones(2)}}, "moco.pt")
+    torch.save({"state_dict": {f"module.student.{k}": v for k, v in weights.items()}}, "seed.pt")
+    tables = [evaluate(name, *common, "--knn", "--out", f"out{i}") for i, name in enumerate(
+        ["run", "run/backbone.pt", "tv.pt", "last.pt", "moco.pt", "seed.pt"])]
+    tables.append(evaluate("random", "--arch", "resnet18", *common, "--knn", "--out", "random"))
+    assert all(table == tables[0] for table in tables) and {"linear, fast", "kNN, k 20, T 0.1"} < tables[0].keys()
+    result = json.loads(Path("out0/result.json").read_text())
+    assert result["test_images"] == 15 and len(result["per_class"]) == 3 and len(result["most_confused"]) == 3
+    assert result["table"]["linear, fast"]["top1"] == tables[0]["linear, fast"]["top1"]
+
+    classifier = torchvision.models.resnet18(num_classes=3).eval()
+    classifier.load_state_dict(torch.load("out0/classifier.pt"), strict=True)
+    test = data.load("images")[1]
+    guess = classifier(data.center(test.pixels, 32)).argmax(1)
+    assert 100 * (guess == test.labels).float().mean().item() == pytest.approx(tables[0]["linear, fast"]["top1"])
+    capsys.readouterr()
+    evaluate("out0/classifier.pt", "--predict", *files_in(tmp_path / "images/test"))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].rsplit(" ", 2)[0].split(",")[0].rsplit(" ", 2)[0] for line in lines] == [test.classes[i] for i in guess.tolist()]
+    with pytest.raises(InputError, match="text.jpg"):
+        Path("text.jpg").write_text("<html>")
+        evaluate("out0/classifier.pt", "--predict", "text.jpg")
+    with pytest.raises(InputError, match="no classifier"):
+        evaluate("run/backbone.pt", "--predict", "text.jpg")
+
+
+def files_in(folder):
+    return [path for path, _ in data.scan(folder)]
+
+
+@pytest.mark.parametrize("flags", [["--protocol", "moco", "--lr", 1], ["--finetune", "--labels", 12], ["--finetune", "--stream", "on"]])
+def test_training_protocols_learn(flags, tmp_path):
+    for i, name in enumerate(("dark", "light")):
+        for part, n in (("train", 20), ("test", 6)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for j in range(n):
+                Image.fromarray((photo(32, 32, seed=100 * i + j + 50 * (part == "test")) // 2 + 90 * i).permute(1, 2, 0).numpy()).save(tmp_path / part / name / f"{j}.png")
+    table = evaluate("random", "--arch", "resnet18", "--stem", "imagenet", "--data", tmp_path, "--workers", 2, "--batch", 8, "--epochs", 8, "--out", tmp_path / "out", *flags)
+    assert next(reversed(table.values()))["top1"] > 80
+
+
+@pytest.mark.parametrize("make,flags,message", [
+    (dict(classes=(".",)), [], "no labels"), (dict(classes=("one",)), [], "two classes"), (dict(per=3), [], "no held-out image"),
+    (dict(), ["--arch", "resnet18", "backbone.pt"], "--arch"), (dict(), ["missing.pt"], "missing.pt"), (dict(), ["--labels", "many"], "--labels"),
+    (dict(), ["--stem", "small", "resnet.pt"], "--stem"), (dict(), ["--epochs", 0], "--epochs")])
+def test_bad_input_to_an_evaluation_is_one_line(make, flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("images"), **({"per": 10} | make))
+    torch.save(models.build("mobilenetv3_small").state_dict(), "backbone.pt"), torch.save(models.build("resnet18", "imagenet").state_dict(), "resnet.pt")
+    with pytest.raises(InputError, match=message) as error:
+        evaluate(*([] if flags and str(flags[-1]).endswith(".pt") else ["random"]), "--data", "images", *flags)
+    assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
+def test_classes_must_be_in_training(tmp_path):
+    make_folder(tmp_path / "a/train"), make_folder(tmp_path / "a/test", classes=("a", "zebra"))
+    make_folder(tmp_path / "b", classes=("a", "b"), per=20)
+    (tmp_path / "b/only").mkdir()
+    (tmp_path / "b/only/bad.jpg").write_text("<html>")
+    for name, message in (("a", "zebra"), ("b", "class only has no training image")):
+        with pytest.raises(InputError, match=message):
+            evaluate("random", "--data", tmp_path / name)
+
+
+def test_caltech101_split(tmp_path, monkeypatch):
+    make_folder(tmp_path / "caltech101/101_ObjectCategories", classes=("BACKGROUND_Google", "ant", "bass"), per=35)
+    monkeypatch.setattr(torchvision.datasets, "Caltech101", lambda root, download: None)
+    train, test, _ = data.load("caltech101", root=tmp_path, size=32)
+    assert train.classes == ["ant", "bass"] and train.labels.bincount().tolist() == [30, 30] and test.labels.bincount().tolist() == [5, 5]
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

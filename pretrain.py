@@ -205,41 +205,46 @@ def info_nce(q, k, queue, temperature):
     -> loss (N,), and hits (N,): is the positive more similar than every negative. Only q gets a gradient.
 
     The loss is attention with the queue as keys and as values: attention returns o_i = sum_j p_ij queue_j under the
-    softmax p over the negatives, and their log-sum-exp s_i. With the positive's logit l_i = q_i.k_i / T and
-    S_i = log(e^s_i + e^l_i),
+    softmax p over the negatives, and the log-sum-exp s_i of their logits, here less the positive's, q_i.k_i / T. Then
 
-        loss_i = S_i - l_i        d loss_i / d q_i = e^(s_i - S_i) (o_i - k_i) / T
+        loss_i = log(1 + e^s_i)        d loss_i / d q_i = sigmoid(s_i) (o_i - k_i) / T
 
     so the forward pass already holds the gradient, and neither pass ever holds the N x K logits.
     """
     x, k, queue = q.detach(), k.detach(), queue.detach()
-    o, s, top = attend(x, queue, 1 / temperature)
+    if q.device.type == "cpu" and len(q) * len(queue) <= 2 ** 18:  # few logits do not average the rounding of 1 / T away,
+        x, k, queue = x.double(), k.double(), queue.double()       # and few cost nothing in double
     similarity = (x * k).sum(1)
-    positive = similarity / temperature
-    S = torch.logaddexp(s, positive)
-    gradient = (s - S).exp()[:, None] * (o - k) / temperature
-    return S - positive + ((q - x) * gradient).sum(1), similarity > top  # adds 0 to the loss, and `gradient` to q's
+    o, s, top = attend(x, queue, 1 / temperature, similarity / temperature)
+    gradient = (s.sigmoid()[:, None] * (o - k) / temperature).to(q.dtype)
+    return F.softplus(s).to(q.dtype) + ((q - q.detach()) * gradient).sum(1), similarity > top  # adds 0, and `gradient` to q's
 
 
-def attend(q, queue, scale):
-    """Attention of q (N, C) over queue (K, C) as keys and values: output (N, C), log-sum-exp (N,), largest q.queue_j (N,)."""
+def attend(q, queue, scale, shift):
+    """Attention of q (N, C) over queue (K, C) as keys and values.
+
+    -> output (N, C), log-sum-exp of the logits q.queue_j * `scale` less `shift` (N,), largest q.queue_j (N,).
+    """
     if q.is_cuda:  # PyTorch's flash attention in float16; few queries fill a GPU when the queue lies along the batch
         half, K = queue.half(), len(queue)
         parts = next(p for p in range(64, 0, -1) if K % p == 0)
         kv, qh = half.view(parts, 1, K // parts, -1), q.half()
         o, s = torch.ops.aten._scaled_dot_product_flash_attention(qh.expand(parts, 1, *q.shape), kv, kv, scale=scale)[:2]
         s, top = s[:, 0], torch.stack([(qh @ part.T).amax(1) for part in half.split(8192)]).amax(0)
-        return torch.einsum("pn,pnc->nc", s.softmax(0), o[:, 0].float()), s.logsumexp(0), top.to(q.dtype)
-    # Blocks that stay in the cache. Unit rows bound the logits by `scale`, so no running maximum is needed, and the
-    # largest similarity comes out of the same pass: PyTorch's CPU flash attention is 1.15 times as fast but lacks it,
-    # the compiled plain formula takes 1.6 times as long (N 256, C 128, K 65536, 2 cores).
-    total, top, o, bound = 0, q.new_full((len(q),), -math.inf), torch.zeros_like(q), q.new_tensor(-scale)
+        return torch.einsum("pn,pnc->nc", s.softmax(0), o[:, 0].float()), s.logsumexp(0) - shift, top.to(q.dtype)
+    # Blocks that stay in the cache. Less the positive's logit, the logits of unit rows are at most 2 / T: no overflow down
+    # to T 0.025, where a bound takes over, so no running maximum is needed, and the largest similarity comes out of the
+    # same pass: PyTorch's CPU flash attention is 1.15 times as fast but lacks it, the compiled plain formula takes 1.6
+    # times as long (N 256, C 128, K 65536, 2 cores).
+    base = shift.clamp(min=scale - 80)[:, None]
+    total, top, o = 0, q.new_full((len(q),), -math.inf), torch.zeros_like(q)
     for block in queue.split(max(128, 2 ** 18 // len(q))):
-        p = torch.addmm(bound, q, block.T, alpha=scale)
+        p = torch.addmm(-base, q, block.T, alpha=scale)
         top = torch.maximum(top, p.amax(1))
         total = total + p.exp_().sum(1)
         o.addmm_(p, block)
-    return o / total.clamp(min=1e-38)[:, None], total.log() + scale, top / scale + 1
+    base = base[:, 0]
+    return o / total.clamp(min=1e-38)[:, None], total.log() + (base - shift), (top + base) / scale
 
 
 # ---------------------------------------------------------------------------------------- how good are the features

@@ -115,12 +115,18 @@ def kmeans(x, k, seed=0, steps=50):
 
 
 def cluster_information(cluster, y):
-    """Mutual information of clusters and classes (N,) over the entropy of the classes, in %: how much of an image's
-    class its cluster tells, 0 .. 100. With few images a cluster it is above 0 by chance: compare equal numbers."""
-    cluster, y = cluster.unique(return_inverse=True)[1], y.unique(return_inverse=True)[1]
-    joint = torch.bincount(cluster * (y.max() + 1) + y, minlength=(cluster.max() + 1) * (y.max() + 1)).double().view(-1, int(y.max()) + 1) / len(y)
+    """How much of an image's class its cluster tells, in %: mutual information of clusters and classes (N,), int64, over
+    the entropy of the classes, both less what shuffled classes would give (adjusted as by Vinh et al. 2010): 0 (as by
+    chance) .. 100 (a cluster has one class)."""
+    def information(cluster, y):
+        joint = torch.bincount(cluster * classes + y, minlength=int(cluster.max() + 1) * classes).double().view(-1, classes) / len(y)
+        return entropy(joint.sum(0)) + entropy(joint.sum(1)) - entropy(joint)
+
     entropy = lambda p: torch.special.entr(p).sum()  # noqa: E731
-    return 100 * (entropy(joint.sum(1)) + entropy(joint.sum(0)) - entropy(joint)) / entropy(joint.sum(0)).clamp(min=1e-300)
+    y = y.unique(return_inverse=True)[1]
+    classes, draw = int(y.max()) + 1, data.seeded("shuffle")
+    chance = sum(information(cluster, y[torch.randperm(len(y), generator=draw).to(y.device)]) for _ in range(10)) / 10
+    return 100 * (information(cluster, y) - chance) / (information(y, y) - chance).clamp(min=1e-300)
 
 
 def best_nn(train_x, train_y, test_x, test_y, most=101):
@@ -193,7 +199,7 @@ def tsne(x, perplexity=30, steps=1000):
 # ------------------------------------------------------------------------------------------------------- the pictures
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")  # Okabe & Ito: told apart by all
-SHAPES, SHOWN, S = 3, 14, 2  # classes have a color and a shape; so many fit a legend; drawn S times as large, then shrunk
+SHOWN, S = 14, 2  # so many classes have a color and a shape of their own; pictures are drawn S times as large, then shrunk
 
 
 class Panel:
@@ -202,7 +208,7 @@ class Panel:
     def __init__(self, picture, box, xs, ys, title, x_name, y_name):
         self.draw, (left, top, right, bottom) = ImageDraw.Draw(picture), (S * v for v in box)
         self.font, small = ImageFont.load_default(S * 12), ImageFont.load_default(S * 11)
-        self.right, self.top = right, top
+        self.left, self.right, self.top = left, right, top
         self.draw.text((left, top - S * 8), title, "black", ImageFont.load_default(S * 14), anchor="ls")
         (x0, x1), (y0, y1) = ((lo - 0.04 * (hi - lo or 1), hi + 0.04 * (hi - lo or 1)) for lo, hi in (xs, ys))
         self.at = lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
@@ -220,33 +226,30 @@ class Panel:
         ImageDraw.Draw(name).text(((bottom - top) / 2, S * 8), y_name, "black", self.font, anchor="mm")
         picture.paste(name.transpose(Image.ROTATE_90), (left - S * 50, top))
 
+    def shape(self, x, y, kind, r):
+        draw = self.draw.ellipse if kind < len(COLORS) else self.draw.rectangle
+        draw((x - S * r, y - S * r, x + S * r, y + S * r), COLORS[kind % len(COLORS)])
+
     def mark(self, x, y, kind, r=3):
-        """A point of class `kind`: circle, square or triangle."""
-        (x, y), r, color = self.at(x, y), S * r, COLORS[kind % len(COLORS)]
-        shape = kind // len(COLORS) % SHAPES
-        if shape == 2:
-            self.draw.polygon((x, y - 1.2 * r, x + 1.1 * r, y + r, x - 1.1 * r, y + r), color)
-        else:
-            (self.draw.rectangle if shape else self.draw.ellipse)((x - r, y - r, x + r, y + r), color)
+        """A point of class `kind`, 0..13."""
+        self.shape(*self.at(x, y), kind, r)
 
     def line(self, xs, ys, color, width=2):
         self.draw.line([self.at(x, y) for x, y in zip(xs, ys)], color, S * width, joint="curve")
 
-    def legend(self, names, inside=True):
-        """A line of its color for each name in the upper right corner, or beside the panel a class's mark."""
+    def legend(self, names, corner=None):
+        """A line of its color for each name in the `corner` left or right, or without one a class's mark beside the panel."""
         widest = max(self.draw.textlength(name, self.font) for name in names)
-        x = self.right - widest - S * 12 if inside else self.right + S * 26
-        if inside:
-            self.draw.rectangle((x - S * 30, self.top + S * 4, self.right - S * 4, self.top + S * (10 + 18 * len(names))), "white")
+        x = {"right": self.right - widest - S * 12, "left": self.left + S * 38}.get(corner, self.right + S * 26)
+        if corner:
+            self.draw.rectangle((x - S * 30, self.top + S * 4, x + widest + S * 6, self.top + S * (10 + 18 * len(names))), "white")
         for i, name in enumerate(names):
             y = self.top + S * (16 + 18 * i)
             self.draw.text((x, y), name, "black", self.font, anchor="lm")
-            if inside:
+            if corner:
                 self.draw.line((x - S * 26, y, x - S * 6, y), COLORS[i % len(COLORS)], S * 3)
             else:
-                at, self.at = self.at, lambda x, y: (x, y)
-                self.mark(x - S * 12, y, i, 4)
-                self.at = at
+                self.shape(x - S * 12, y, i, 4)
 
 
 def sheet(columns, rows, side=0):
@@ -269,7 +272,7 @@ def draw_space(seen, classes, path):
     picture, boxes = sheet(len(seen), 3, 20 + 8 * max(map(len, classes[:shown])) if classes else 0)
     for column, (name, s) in enumerate(seen.items()):
         y = s["y"]
-        some = (y < shown).nonzero()[:, 0][:2000]
+        some = (y < shown).nonzero()[:, 0][:2000]  # t-SNE takes time with the square of their number
         one = (y == y[0]).nonzero()[:, 0][:50]  # of the views: the first class
         few = f", {shown} of {len(classes)} classes" if shown < len(classes) else ""
         for row, method in enumerate((tsne, pca)):
@@ -279,7 +282,7 @@ def draw_space(seen, classes, path):
             for (u, v), label in zip(p, y[some].tolist()):
                 panel.mark(u, v, max(0, label))
             if column == len(seen) - 1 and classes:
-                panel.legend(classes[:shown], inside=False)
+                panel.legend(classes[:shown])
         p = tsne(F.normalize(torch.cat([s[v][one] for v in "oab"]), dim=1)).tolist()
         what = classes[y[0]] if classes else "50 images"
         panel = Panel(picture, boxes[2 * len(seen) + column], *map(span, zip(*[[[v[0]], [v[1]]] for v in p])), f"{what}: originals and two views each", "t-SNE 1", "t-SNE 2")
@@ -289,7 +292,7 @@ def draw_space(seen, classes, path):
         for i, (u, v) in enumerate(p):
             panel.mark(u, v, i // len(one), 3 - (i >= len(one)))
         if column == len(seen) - 1:
-            panel.legend(["original", "view a", "view b"], inside=False)
+            panel.legend(["original", "view a", "view b"])
     finish(picture, path)
 
 
@@ -303,12 +306,12 @@ def draw_similarity(seen, path):
         kinds = {"two views": (a * b).sum(1), "same class": pairs[upper & same], "other class": pairs[upper & ~same]}
         kinds = kinds if s["y"].max() >= 0 else {"two views": (a * b).sum(1), "two images": pairs[upper]}
         low = max(-1, min(v.min().item() for v in kinds.values() if len(v)) - 0.02)
-        counts = {kind: torch.histc(v, 60, low, 1) / max(1, len(v)) * 60 / (1 - low) for kind, v in kinds.items()}
-        middle = [low + (i + 0.5) * (1 - low) / 60 for i in range(60)]
+        counts = {kind: torch.histc(v, 40, low, 1) / max(1, len(v)) * 40 / (1 - low) for kind, v in kinds.items()}
+        middle = [low + (i + 0.5) * (1 - low) / 40 for i in range(40)]
         panel = Panel(picture, box, (low, 1), (0, max(c.max().item() for c in counts.values())), name, "cosine similarity", "density")
         for color, c in zip(COLORS, counts.values()):
             panel.line(middle, c.tolist(), color)
-        panel.legend(list(counts))
+        panel.legend(list(counts), "left")
     finish(picture, path)
 
 
@@ -345,5 +348,167 @@ def draw_curves(logs, path):
             for x, y in line:
                 panel.mark(x, y, COLORS.index(color), 2)
         if key == next(iter(wanted)):
-            panel.legend(list(lines))
+            panel.legend(list(lines), "right")
     finish(picture, path)
+
+
+# -------------------------------------------------------------------------------------------------- table and verdict
+
+ROWS = {  # name in analysis.json -> (row of the table, which way is better)
+    "oa": ("instance discrimination o-a, acc@1 %", "+"), "ab": ("instance discrimination a-b, acc@1 %", "+"),
+    "ab5": ("instance discrimination a-b, acc@5 %", "+"),
+    "alignment_oa": ("alignment (o, a)", "-"), "alignment_ab": ("alignment (a, b)", "-"),
+    "intra": ("intra-class alignment, originals", "-"), "intra_views": ("intra-class alignment, views", "-"),
+    "uniformity": ("uniformity", "-"), "rank": ("effective rank", "+"),
+    "ratio": ("intra-class / between-class distance", "-"), "purity": ("10-neighbour purity %", "+"),
+    "clusters": ("class information of clusters %", "+"),
+    "nn_raw": ("best-NN, raw %", "+"), "nn_normalized": ("best-NN, normalized %", "+"), "nn_shifted": ("best-NN, shifted %", "+"),
+    "linear": ("linear accuracy %", "+")}
+
+
+def instance_metrics(o, a, b, y):
+    """The metrics of one sample of images: features of originals and two views (N, D), labels (N,), -1 where unknown."""
+    oa, ab = instance_discrimination(o, a, o), instance_discrimination(b, a, a)
+    found = dict(oa=oa[0], ab=ab[0], ab5=ab[4], alignment_oa=alignment(o, a), alignment_ab=alignment(a, b), uniformity=uniformity(o), rank=effective_rank(o))
+    if y.max() >= 0:
+        within, between = class_distances(o, y)
+        found |= dict(intra=within, intra_views=class_distances(a, y)[0], ratio=within / between.clamp(min=1e-30), purity=purity(o, y))
+    return {name: v.item() for name, v in found.items()} | dict(oa_top=oa.tolist(), ab_top=ab.tolist())
+
+
+def verdict(name, results):
+    """What the numbers of `name` say, beside those of the other checkpoints.
+
+    The rule. Solved: acc@1 in mode a-b of at least 80 % on held-out images (on training images where none are held out),
+    half solved from 50 %. Overfitted: it is above its held-out value by more than 5 points and by more than twice the
+    standard error of that difference. Over-clustered, beside another checkpoint: no worse at the pretext task (within
+    5 points) and tighter (lower intra-class alignment) or less spread (higher uniformity), yet best-NN or linear accuracy
+    is at least 2 points lower and the other not higher. On its own: the pretext task is at least half solved, and still
+    the mean distance within a class is over 80 % of that between classes.
+    """
+    r = results[name]
+    seen, n = r.get("held-out") or r["train"], r["images"]
+    if name == "pixels":
+        return "the images themselves: what a feature has to beat."
+    ab, words = seen["ab"], []
+    words.append(("solves" if ab >= 80 else "half solves" if ab >= 50 else "does not solve") + f" the pretext task ({ab:.0f} % of {n} images find their view first)")
+    if "held-out" in r:
+        gap, error = r["train"]["ab"] - ab, 100 * math.sqrt(2 * max(ab * (100 - ab), 1) / 1e4 / n)
+        words.append(f"{'overfits it' if gap > max(5, 2 * error) else 'does not overfit it'} (train - held-out {gap:+.1f} points)")
+    if "ratio" not in seen:
+        return "; ".join(words) + ". Without labels, clusters cannot be compared with classes."
+    beaten = []
+    for other, s in results.items():
+        t = s.get("held-out", {})
+        if other in (name, "pixels") or "ratio" not in t:
+            continue
+        less = [t[k] - seen[k] for k in ("nn_normalized", "linear")]
+        if ab >= t["ab"] - 5 and (seen["intra"] < t["intra"] or seen["uniformity"] > t["uniformity"]) and max(less) >= 2 and min(less) >= 0:
+            beaten.append(f"{other} (best-NN {less[0]:+.1f}, linear {less[1]:+.1f} points there)")
+    if beaten:
+        words.append(f"over-clusters beside {', '.join(beaten)}: as good at the pretext task, tighter or less spread, and worse for the classes")
+    elif ab >= 50 and seen["ratio"] > 0.8:
+        words.append(f"over-clusters: images of a class lie {100 * seen['ratio']:.0f} % as far apart as those of different classes")
+    else:
+        words.append(f"no over-clustering seen (distance within a class {100 * seen['ratio']:.0f} % of that between classes)")
+    return "; ".join(words) + "."
+
+
+def table(results):
+    """Markdown: a row a metric, a column a checkpoint; train / held-out where both are measured."""
+    lines = ["| | " + " | ".join(results) + " |", "|---|" + "---:|" * len(results)]
+    for key, (text, better) in ROWS.items():
+        cells = [[f"{part[key]:.3f}" if abs(part[key]) < 10 and "%" not in text else f"{part[key]:.1f}"
+                  for part in (r["train"], r.get("held-out", {})) if key in part] for r in results.values()]
+        if any(cells):
+            lines.append(f"| {text} ({'higher' if better == '+' else 'lower'} is better) | " + " | ".join(" / ".join(c) for c in cells) + " |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+def look(net, train, held, size, args, device):
+    """(numbers, what the pictures need) of one network: metrics of a sample of each split, then those of whole splits."""
+    numbers, seen = {}, None
+    for name, images in (("train", train), ("held-out", held)):
+        if images is None:
+            continue
+        rows = labelled_subset(images.labels, str(args.per_class), args.seed) if train.classes else \
+            torch.randperm(len(images), generator=data.seeded("sample", args.seed))[:10 * args.per_class]
+        u = torch.rand(2, len(rows), data.COLUMNS, generator=data.seeded("views", args.seed, name))
+        features = [extract(net, images, size, device, rows, args.workers, u=v) for v in (None, *u)]
+        (o, y), a, b = features[0], features[1][0], features[2][0]
+        numbers[name], seen = instance_metrics(o, a, b, y), dict(o=o.cpu(), a=a.cpu(), b=b.cpu(), y=y.cpu())
+        numbers["images"] = len(o)
+    whole = extract(net, train, size, device, None, args.workers, args.memory)
+    if train.classes:
+        test = extract(net, held, size, device, None, args.workers, args.memory)
+        classes = len(train.classes)
+        known = (whole[1] >= 0).cpu()
+        x, y = (whole[0], whole[1]) if known.all() else (whole[0][known.to(whole[0].device)], whole[1][known.to(device)])
+        weight, bias = fast_probe(x, y, classes, device)
+        scores = torch.cat([F.linear(v.to(device).float(), weight, bias) for v in test[0].split(8192)])
+        nn = best_nn(x, y, *test)
+        numbers["held-out"] |= {f"nn_{space}": accuracy for space, (accuracy, _) in nn.items()} | dict(
+            nn_k={space: k for space, (_, k) in nn.items()}, linear=measure(scores, test[1])["top1"],
+            clusters=cluster_information(kmeans(test[0], 4 * classes, args.seed), test[1]).item())
+    source = held if held is not None else train
+    seen["query"] = torch.randperm(len(source), generator=data.seeded("queries", args.seed))[:8]
+    queries = extract(net, source, size, device, seen["query"], args.workers)[0]
+    near = neighbours(F.normalize(whole[0].float(), dim=1), F.normalize(queries, dim=1), 9)[1].cpu()
+    seen["near"] = near[:, :8] if held is not None else near[:, 1:]  # a training image is its own nearest
+    return numbers, seen
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="+", help="runs' folders, checkpoint files, random or pixels; what a word needs to know is the first file's")
+    flags(parser)
+    parser.add_argument("--per-class", type=int, default=50, help="images of each class in the sample for all but best-NN, linear and clusters [50]")
+    args = parser.parse_args(argv)
+    if args.per_class < 2:
+        raise InputError(f"--per-class {args.per_class}: must be at least 2")
+    began, device = time.time(), data.start(args.device)
+    names = list(dict.fromkeys(args.checkpoint))
+    checkpoints = {name: read_checkpoint("random" if name == "pixels" else name, args) for name in names}
+    first = next((known for state, known in checkpoints.values() if state), checkpoints[names[0]][1])
+    results, seen, loaded = {}, {}, None
+    for name, (state, known) in checkpoints.items():
+        known |= {key: first[key] for key in (("data", "root") if state else ("data", "root", "arch", "size", "stem"))}
+        if loaded is None or known["size"] not in (None, loaded):
+            train, held, loaded = data.load(known["data"], known["root"], known["size"], args.seed, device, args.stream, args.workers)
+            if train.classes:
+                check_labels(train, held, known["data"])
+        known["size"] = size = loaded
+        net = pixels_of(size) if name == "pixels" else network(state, known, args.seed).to(device)
+        say(f"{name}: {'pixels' if name == 'pixels' else known['arch']} at {size} pixels on {known['data']}")
+        results[name], seen[name] = look(net, train, held, size, args, device)
+    if rank_world()[0] == 0:
+        for name in results:
+            results[name]["verdict"] = verdict(name, results)
+        print("\n" + table(results) + f"\n\ntrain / held-out, {args.per_class if train.classes else 10 * args.per_class} images"
+              + (" of each class" if train.classes else "") + "; best-NN, linear accuracy and clusters: whole splits\n")
+        for name in results:
+            print(f"- {name} {results[name]['verdict']}")
+        out = Path(args.out) if args.out else Path(names[0]) / "analysis" if Path(names[0]).is_dir() else Path("runs") / "analysis"
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "analysis.json").write_text(json.dumps(results, indent=1))
+        short = {name: Path(name).name if len({Path(n).name for n in names}) == len(names) else name for name in names}
+        seen = {short[name]: s for name, s in seen.items()}
+        draw_space(seen, train.classes, out / "space.png")
+        draw_similarity(seen, out / "similarity.png")
+        draw_neighbours(seen, train, train if held is None else held, out / "neighbours.png")
+        logs = {short[n]: p / "log.jsonl" for n in names for p in (Path(n), Path(n).parent) if (p / "log.jsonl").is_file()}
+        if logs:
+            draw_curves({name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}, out / "curves.png")
+        print(f"\nIn {out}: analysis.json, space.png, similarity.png, neighbours.png{', curves.png' * bool(logs)}; {time.time() - began:.0f} s")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"analyze.py: {error}")

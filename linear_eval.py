@@ -220,31 +220,32 @@ def logistic(features, y, classes, penalties, use=None, start=None, steps=100):
     the features' covariance (Boehning 1992): along that one's eigenvectors, each scaled by 1 / sqrt(eigenvalue / 2 +
     penalty), all directions are about equally steep, which saves most of the steps.
     """
-    penalty = torch.tensor(penalties, device=y.device)[:, None, None]
+    penalty = torch.tensor(penalties, device=y.device)[:, None]
     n, G = len(y) if use is None else int(use.sum()), len(penalties)
     eigenvalue, Q = torch.linalg.eigh(sum(a.T @ a for a, _ in features.blocks(use=use)) / n)
-    scale = (eigenvalue.clamp(min=0)[:, None] / 2 + penalty).rsqrt()
-    U = torch.zeros(G, len(Q), classes, device=y.device) if start is None else Q.T @ start / scale
+    kept = eigenvalue > 1e-7 * eigenvalue[-1]  # the penalty keeps W in the span of the features
+    Q, scale = Q[:, kept], (eigenvalue[kept, None, None] / 2 + penalty).rsqrt()
+    U = torch.zeros(Q.shape[1], G, classes, device=y.device) if start is None else torch.einsum("dr,gdc->rgc", Q, start) / scale
     progress, began, calls = data.Progress(), time.time(), 0
 
     def objective():
         nonlocal calls
-        W = Q @ (scale * U)
-        flat, loss, gradient = W.transpose(0, 1).reshape(len(Q), -1), (penalty / 2 * W.square()).sum(), 0
+        V = scale * U
+        flat, loss, gradient = Q @ V.flatten(1), (penalty / 2 * V.square()).sum(), 0
         for a, rows in features.blocks(use=use):
             log_p = (a @ flat).view(len(a), G, classes).log_softmax(2)
             label = y[rows, None, None].expand(-1, G, 1)
             loss -= log_p.gather(2, label).sum() / n
             error = log_p.exp_().scatter_add_(2, label, log_p.new_full((len(a), G, 1), -1))
             gradient = gradient + a.T @ error.view(len(a), -1)
-        U.grad = scale * (Q.T @ ((gradient / n).view(len(Q), G, classes).transpose(0, 1) + penalty * W))
+        U.grad = scale * ((Q.T @ gradient).view(-1, G, classes) / n + penalty * V)
         calls += 1
         progress(lambda: f"probe {100 * calls // steps} %, {(time.time() - began) * (steps / calls - 1):.0f} s left")
         return loss
 
     torch.optim.LBFGS([U], max_iter=steps, max_eval=steps, history_size=10, tolerance_grad=1e-6, tolerance_change=1e-9,
                       line_search_fn="strong_wolfe").step(objective)
-    return Q @ (scale * U)
+    return torch.einsum("dr,rgc->gdc", Q, scale * U)
 
 
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
@@ -396,18 +397,15 @@ def labelled_subset(labels, wanted, seed):
     return torch.cat([order[labels[order] == c][:per] for c in range(classes)]).sort()[0]
 
 
-def load_labelled(known, args, device):
-    """(train, test) of the known data, checked to have labels that an evaluation can use; the size is filled in."""
-    train, test, known["size"] = data.load(known["data"], known["root"], known["size"], args.seed, device, args.stream, args.workers)
-    where = f"--data {known['data']}"
+def check_labels(train, test, name):
+    """Refuse data whose labels an evaluation cannot use."""
     if not train.classes:
-        raise InputError(f"{where}: no labels; an evaluation needs a folder for each of at least two classes")
+        raise InputError(f"--data {name}: no labels; an evaluation needs a folder for each of at least two classes")
     if test is None or len(test) == 0:
-        raise InputError(f"{where}: no held-out image; add a folder test/ beside train/, or more images")
+        raise InputError(f"--data {name}: no held-out image; add a folder test/ beside train/, or more images")
     absent = set(range(len(train.classes))) - set(train.labels.tolist())
     if absent:
-        raise InputError(f"{where}: class {train.classes[min(absent)]} has no training image; add one, or remove the class")
-    return train, test
+        raise InputError(f"--data {name}: class {train.classes[min(absent)]} has no training image; add one, or remove the class")
 
 
 def main(argv=None):
@@ -437,7 +435,8 @@ def main(argv=None):
         raise InputError("--epochs, --batch, --lr: must be above 0")
 
     state, known = read_checkpoint(args.checkpoint, args)
-    train_set, test_set = load_labelled(known, args, device)
+    train_set, test_set, known["size"] = data.load(known["data"], known["root"], known["size"], args.seed, device, args.stream, args.workers)
+    check_labels(train_set, test_set, known["data"])
     net, size, classes = network(state, known, args.seed).to(device), known["size"], len(train_set.classes)
     rows = (train_set.labels >= 0).nonzero()[:, 0] if args.labels is None else labelled_subset(train_set.labels, args.labels, args.seed)
     say(f"{known['arch']} at {size} pixels on {known['data']}: {len(rows):,} training and {len(test_set):,} test images, {classes} classes")

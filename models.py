@@ -10,7 +10,7 @@ in its place is a projection head (`make_head`). `read_backbone` takes the weigh
 import json
 import math
 import pickle
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -205,12 +205,16 @@ def build(arch, stem="auto", size=224):
     map of 4x4 (ResNets) or 2x2 instead of 1x1, at 16 or 4 times the arithmetic. `stem="auto"` takes it up to 64 pixels.
     Only the ResNets' `conv1` changes its shape. Raises InputError for an unknown name.
     """
-    if arch not in ARCHS:
-        raise InputError(f"--arch {arch}: unknown; choose from {', '.join(ARCHS)}")
+    check_arch(arch)
     if stem not in ("auto", "imagenet", "small"):
         raise InputError(f"--stem {stem}: unknown; choose from auto, imagenet, small")
     net = ARCHS[arch](small=stem == "small" or (stem == "auto" and size <= 64))
     return initialize(net)
+
+
+def check_arch(arch):
+    if arch not in ARCHS:
+        raise InputError(f"--arch {arch}: unknown; choose from {', '.join(ARCHS)}")
 
 
 def initialize(module):
@@ -264,6 +268,13 @@ def make_head(kind, d, c=128):
 PREFIXES = ("encoder_q.backbone.", "module.encoder_q.", "encoder_q.", "module.student.", "student.", "module.", "")
 
 
+@cache
+def shapes(arch, stem):
+    """{name: shape} of a network's state dict."""
+    with torch.device("meta"):
+        return {k: v.shape for k, v in ARCHS[arch](small=stem == "small").state_dict().items()}
+
+
 def load_file(path):
     """torch.load that never runs code from the file and always lands on the CPU; InputError if it can't be read."""
     try:
@@ -297,17 +308,17 @@ def read_backbone(path, arch=None):
     known = {}  # ours says beside the weights what they are
     if (path.parent / "args.json").is_file():
         known = json.loads((path.parent / "args.json").read_text())
+    if arch:
+        check_arch(arch)
     for prefix in PREFIXES:
         found = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, torch.Tensor)}
-        for name in [arch] if arch else [n for n in ARCHS if n != "mobilenetv3"]:
-            for stem in ("imagenet", "small"):
-                with torch.device("meta"):
-                    wanted = build(name, stem).state_dict()
-                if all(k in found and found[k].shape == v.shape for k, v in wanted.items()):
-                    stem = known.get("stem") if not name.startswith("resnet") else stem
+        for name in ([arch] if arch else [n for n in ARCHS if n != "mobilenetv3"]) if found else []:
+            for stem in ("imagenet", "small") if name.startswith("resnet") else (None,):  # the others' shapes don't show it
+                wanted = shapes(name, stem)
+                if all(k in found and found[k].shape == v for k, v in wanted.items()):
                     dropped = [k for k in state if not (k.startswith(prefix) and k[len(prefix):] in wanted)]
                     return ({k: found[k] for k in wanted},
                             {k: known[k] for k in ("size", "data", "root", "classes") if k in known}
-                            | {"arch": name, "stem": stem, "dropped": dropped})
+                            | {"arch": name, "stem": stem or known.get("stem"), "dropped": dropped})
     raise InputError(f"{path}: its weights (such as {', '.join(list(state)[:2])}) are not those of "
                      f"{arch or 'any of ' + ', '.join(ARCHS)}; name the right --arch")

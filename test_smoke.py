@@ -20,6 +20,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import analyze
 import data
 import linear_eval
 import models
@@ -717,6 +718,172 @@ def test_caltech101_split(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets, "Caltech101", lambda root, download: None)
     train, test, _ = data.load("caltech101", root=tmp_path, size=32)
     assert train.classes == ["ant", "bass"] and train.labels.bincount().tolist() == [30, 30] and test.labels.bincount().tolist() == [5, 5]
+
+
+# -------------------------------------------------------------------------------------------------------- analyze.py
+
+def squared(a, b):
+    return sum((u - v) ** 2 for u, v in zip(F.normalize(a, dim=0).tolist(), F.normalize(b, dim=0).tolist()))
+
+
+def sample(n=23, width=6, classes=4):
+    """Originals, two views and labels, with a duplicated image and a class of one image."""
+    o = torch.randn(n, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    o[5] = o[6]
+    a, b = (o + 2 * unit(n, width, seed=s) for s in (1, 2))
+    y = torch.arange(n) % classes
+    y[-1] = classes
+    return o, a, b, y
+
+
+def test_instance_discrimination_is_a_search():
+    o, a, b, _ = sample()
+    for query, positive, others in ((o, a, o), (b, a, a)):
+        hits = np.zeros(5)
+        for i in range(len(o)):
+            distances = [squared(query[i], others[j]) for j in range(len(o)) if j != i]
+            better = sum(d <= squared(query[i], positive[i]) for d in distances)
+            hits += [better < j for j in range(1, 6)]
+        assert torch.allclose(analyze.instance_discrimination(query, positive, others), torch.from_numpy(100 * hits / len(o)))
+    assert 0 < hits[0] < hits[4]
+    same = torch.ones(1500, 3)
+    assert analyze.instance_discrimination(same, same, same)[4] == 0 and analyze.instance_discrimination(o, o, a)[0] == 100
+
+
+def test_distances_between_views_and_within_classes_are_means_over_pairs():
+    o, a, b, y = sample()
+    assert analyze.alignment(a, b).item() == pytest.approx(np.mean([squared(u, v) for u, v in zip(a, b)]))
+    pairs = [(i, j) for i in range(len(o)) for j in range(i)]
+    assert analyze.uniformity(o).item() == pytest.approx(math.log(np.mean([math.exp(-2 * squared(o[i], o[j])) for i, j in pairs])))
+    each = [np.mean([squared(o[i], o[j]) for i, j in pairs if y[i] == y[j] == c]) for c in range(4)]
+    apart = np.mean([squared(o[i], o[j]) for i, j in pairs if y[i] != y[j]])
+    assert [v.item() for v in analyze.class_distances(o, y)] == pytest.approx([np.mean(each), apart])
+    many = unit(2300, 5)  # several blocks
+    assert analyze.uniformity(many).item() == pytest.approx(torch.pdist(many).square().mul(-2).exp().mean().log().item())
+    assert analyze.uniformity(torch.ones(3, 4)).abs() < 1e-6
+
+
+def test_purity_and_best_nn_are_searches():
+    o, _, b, y = sample()
+    x, n = F.normalize(o, dim=1), len(o)
+    shares = []
+    for i in range(n):
+        order = sorted((j for j in range(n) if j != i), key=lambda j: (x[i] - x[j]).norm().item())[:4]
+        shares.append(np.mean([(y[j] == y[i]).item() for j in order]))
+    assert analyze.purity(o, y, k=4).item() == pytest.approx(100 * np.mean(shares))
+
+    train, mean = o[:15], o[:15].mean(0)
+    for name, space in {"raw": lambda v: v, "normalized": lambda v: F.normalize(v, dim=1), "shifted": lambda v: F.normalize(v - mean, dim=1)}.items():
+        scores = {}
+        for k in range(1, 15, 2):  # with five classes, votes tie
+            near = [sorted(range(15), key=lambda j: (v - space(train)[j]).norm().item())[:k] for v in space(b)]
+            scores[k] = 100 * np.mean([np.bincount(y[row]).argmax() == label for row, label in zip(near, y.tolist())])
+        accuracy, k = analyze.best_nn(train, y[:15], b, y, most=14)[name]
+        assert accuracy == pytest.approx(max(scores.values())) and scores[k] == accuracy
+    assert analyze.best_nn(torch.eye(3), torch.tensor([2, 0, 1]), torch.eye(3), torch.tensor([2, 0, 1]))["raw"] == (100, 1)
+
+
+def test_effective_rank():
+    x = sample()[0]
+    s = np.linalg.svd((F.normalize(x, dim=1) - F.normalize(x, dim=1).mean(0)).numpy(), compute_uv=False)
+    p = s / s.sum()
+    assert analyze.effective_rank(x).item() == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+    crosses = torch.eye(7).repeat(3, 1) * torch.tensor([1.0, -1, 1])[:, None].repeat_interleave(7, 0)
+    assert analyze.effective_rank(torch.cat([torch.eye(7), -torch.eye(7)])).item() == pytest.approx(7) and 1 <= analyze.effective_rank(crosses) <= 7
+    assert analyze.effective_rank(torch.cat([torch.eye(3, 9), -torch.eye(3, 9)])).item() == pytest.approx(3, abs=1e-4)
+
+
+def test_clusters_and_what_they_tell():
+    y = torch.arange(4000) % 8
+    clusters = analyze.kmeans(unit(8, 20, seed=3)[y] + 0.05 * unit(4000, 20), 8)
+    joint = torch.zeros(8, 8).index_put_((clusters, y), torch.ones(4000), accumulate=True)
+    assert (joint > 0).sum() == 8 and analyze.cluster_information(clusters, y) == pytest.approx(100)
+    assert analyze.cluster_information(y // 4, y).item() == pytest.approx(100 / 3, abs=0.1)  # one bit of three
+    random_clusters = torch.randint(400, (4000,), generator=torch.Generator().manual_seed(0))
+    assert abs(analyze.cluster_information(random_clusters, y)) < 2 and analyze.cluster_information(torch.zeros_like(y), y).abs() < 1e-6
+    assert len(analyze.kmeans(torch.ones(5, 2), 3)) == 5  # nothing to tell apart
+
+
+def test_a_rotation_of_the_space_changes_nothing():
+    o, a, b, y = sample(60)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    before, after = (analyze.instance_metrics(o @ t, 2 * a @ t, b @ t, y) for t in (torch.eye(6, dtype=torch.float64), turn))
+    assert before.pop("oa_top") == after.pop("oa_top") and before.pop("ab_top") == after.pop("ab_top")
+    assert before == pytest.approx(after) and len(before) == 11
+    assert analyze.best_nn(o.float(), y, b.float(), y) == analyze.best_nn((o @ turn).float(), y, (b @ turn).float(), y)
+    assert torch.allclose(torch.pdist(analyze.pca(o)), torch.pdist(analyze.pca(o @ turn)), atol=1e-4)
+
+
+def test_pca_and_tsne():
+    y = torch.arange(300) % 6
+    x = unit(6, 30, seed=3)[y] + 0.6 * unit(300, 30)
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    assert torch.allclose(torch.pdist(analyze.pca(x)).double(), torch.pdist(u[:, :2] * s[:2]), atol=1e-4)
+    wide = torch.cat([x, x + 0.01 * unit(300, 30, seed=1)]).repeat(1, 20)  # past where a full decomposition is cheap
+    u, s, _ = torch.linalg.svd(wide - wide.mean(0), full_matrices=False)
+    assert torch.allclose(torch.pdist(analyze.pca(wide)).double(), torch.pdist(u[:, :2] * s[:2]), atol=1e-2)
+    flat = analyze.tsne(x, steps=500)
+    rank = torch.cdist(x, x).argsort(1).argsort(1)  # trustworthiness (Venna & Kaski 2001): neighbours in the map are neighbours
+    near = torch.cdist(flat, flat).fill_diagonal_(math.inf).topk(10, largest=False).indices
+    trust = 1 - 2 / (300 * 10 * (600 - 31)) * (rank.gather(1, near) - 10).clamp(min=0).sum()
+    assert flat.shape == (300, 2) and trust > 0.9
+    assert (y[near] == y[:, None]).double().mean() > 0.95
+    assert analyze.tsne(torch.ones(4, 3)).isfinite().all()
+
+
+def look(*argv):
+    return analyze.main([*map(str, argv)])
+
+
+def test_an_analysis_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("images/train"), per=12), make_folder(Path("images/test"), per=5, seed=7)
+    Path("run").mkdir()
+    torch.save(models.build("mobilenetv3_small", "imagenet").state_dict(), "run/backbone.pt")
+    Path("run/args.json").write_text(json.dumps(dict(arch="mobilenetv3_small", stem="imagenet", size=32, data="images")))
+    Path("run/log.jsonl").write_text("".join(json.dumps(dict(epoch=e, loss=5 / e, instance_accuracy=9.0 * e, knn=20 + e)) + "\n" for e in (1, 2)))
+    torch.save(models.build("resnet18", "imagenet").state_dict(), "other.pt")
+    Path("args.json").write_text(json.dumps(dict(stem="imagenet", size=48)))  # beside other.pt: another size
+    results = look("run", "other.pt", "random", "pixels", "--workers", 2)
+    printed = capsys.readouterr().out
+    assert list(results) == ["run", "other.pt", "random", "pixels"] and json.loads(Path("run/analysis/analysis.json").read_text()).keys() == results.keys()
+    for name, r in results.items():
+        assert r["images"] == 15 and {"linear", "nn_raw", "clusters", "ratio"} < r["held-out"].keys() and "linear" not in r["train"]
+        assert f"- {name} {r['verdict']}" in printed and 0 <= r["held-out"]["ab"] <= 100
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(analyze.ROWS) and {line.count("|") for line in lines} == {6}
+    assert "other.pt: resnet18 at 48 pixels" in printed and "pixels: pixels at 32 pixels" in printed
+    for name, size in dict(space=(4, 3), similarity=(4, 1), neighbours=None, curves=(3, 1)).items():
+        picture = Image.open(f"run/analysis/{name}.png")
+        assert np.asarray(picture).std() > 5 and (size is None or (picture.width >= 400 * size[0], picture.height) == (True, 400 * size[1]))
+    make_folder(Path("flat"), classes=(".",), per=15)
+    free = look("run", "--data", "flat", "--out", "free", "--workers", 2)["run"]
+    assert free.keys() == {"train", "images", "verdict"} and "linear" not in free["train"] and "uniformity" in free["train"]
+
+
+def test_verdicts():
+    def numbers(train_ab, ab, intra=0.5, spread=-2.0, ratio=0.6, nn=50.0, linear=60.0):
+        part = dict(ab=ab, intra=intra, uniformity=spread, ratio=ratio, nn_normalized=nn, linear=linear)
+        return {"train": part | dict(ab=train_ab), "held-out": part, "images": 500}
+
+    both = {"tight": numbers(91, 90, intra=0.3, ratio=0.7, nn=40, linear=50), "good": numbers(93, 92)}
+    assert "solves the pretext task" in analyze.verdict("tight", both) and "does not overfit" in analyze.verdict("tight", both)
+    assert "over-clusters beside good (best-NN +10.0, linear +10.0" in analyze.verdict("tight", both)
+    assert "no over-clustering" in analyze.verdict("good", both)
+    assert "overfits it (train - held-out +30" in analyze.verdict("a", {"a": numbers(90, 60)}) and "half solves" in analyze.verdict("a", {"a": numbers(90, 60)})
+    assert "over-clusters: images" in analyze.verdict("a", {"a": numbers(90, 90, ratio=0.9)})
+    assert "does not solve" in analyze.verdict("a", {"a": numbers(20, 20, ratio=0.9)}) and "no over-clustering" in analyze.verdict("a", {"a": numbers(20, 20, ratio=0.9)})
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["missing.pt"], "missing.pt"), (["bad.pt"], "bad.pt"), (["random", "--per-class", 1], "--per-class 1"),
+    (["random", "--data", "few"], "no held-out image"), (["random", "--arch", "vgg"], "--arch vgg"), (["random", "--data", "nowhere"], "nowhere")])
+def test_bad_input_to_an_analysis_is_one_line(flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.pt").write_text("<html>"), make_folder(Path("few"), per=3), make_folder(Path("images"), per=10)
+    with pytest.raises(InputError, match=message) as error:
+        look(*flags, *([] if "--data" in flags else ["--data", "images"]))
+    assert "\n" not in str(error.value) and not Path("runs").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

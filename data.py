@@ -41,7 +41,7 @@ def start(name):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -54,10 +54,21 @@ def gather(x):
     return out
 
 
-def save(path, content):
-    """Write under a temporary name, then rename: a reader finds the old file or the new one, never half a file."""
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+def save(path, content, keep=None):
+    """Write a text or a torch file under a temporary name, then rename it: a reader, and a machine that dies, finds the old
+    file or the new one, never half a file. The old one is kept as `keep`. Raises OSError if it can't be written."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch calls a full disk by many names
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from None
+    if keep and Path(path).exists():
+        os.replace(path, keep)
+    os.replace(temporary, path)
 
 
 def seeded(*key):
@@ -207,9 +218,10 @@ class Stream(torch.utils.data.Dataset):
 
 def scan(folder):
     """The image files under `folder`, sorted, and the first folder below `folder` in which each lies ("" if none)."""
-    found = []
-    for here, folders, files in os.walk(folder):
-        folders.sort()
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(here, f)) not in seen)  # links may form a loop
+        seen |= {os.path.realpath(os.path.join(here, f)) for f in ("", *folders)}
         inner = Path(here).relative_to(folder).parts
         found += [(os.path.join(here, f), inner[0] if inner else "") for f in sorted(files)
                   if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")]
@@ -334,14 +346,15 @@ def decode_all(images, side, device, workers):
     if world > 1:
         dist.all_reduce(pixels), dist.all_reduce(good)
     good = good.cpu().bool()
-    report_unreadable([path for path, fine in zip(images.paths, good.tolist()) if not fine])
+    if rank == 0:
+        report_unreadable([path for path, fine in zip(images.paths, good.tolist()) if not fine])
     return Images(images.labels[good], images.classes, pixels if good.all() else pixels[good.to(device)])
 
 
 def report_unreadable(paths):
     if paths:
-        say(f"skipped {len(paths)} unreadable file{'s' * (len(paths) > 1)}: {', '.join(map(str, paths[:5]))}"
-            + (f" and {len(paths) - 5} more" if len(paths) > 5 else ""))
+        print(f"skipped {len(paths)} unreadable file{'s' * (len(paths) > 1)}: {', '.join(map(str, paths[:5]))}"
+            + (f" and {len(paths) - 5} more" if len(paths) > 5 else ""), flush=True)  # by the process that met them
 
 
 def say(line):

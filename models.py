@@ -268,6 +268,13 @@ def make_head(kind, d, c=128):
 PREFIXES = ("encoder_q.backbone.", "module.encoder_q.", "encoder_q.", "module.student.", "student.", "module.", "")
 
 
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise InputError(f"{path}: not readable as JSON; delete it, and give its flags") from None
+
+
 @cache
 def shapes(arch, stem):
     """{name: shape} of a network's state dict."""
@@ -307,7 +314,7 @@ def read_backbone(path, arch=None):
         raise InputError(f"{path}: holds no state dict")
     known = {}  # ours says beside the weights what they are
     if (path.parent / "args.json").is_file():
-        known = json.loads((path.parent / "args.json").read_text())
+        known = read_json(path.parent / "args.json")
     if arch:
         check_arch(arch)
     for prefix in PREFIXES:

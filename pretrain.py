@@ -16,8 +16,10 @@ import math
 import os
 import platform
 import resource
+import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from torch import nn
 
 import data
 import models
+from analyze import alignment, uniformity
 from data import InputError, rank_world, say
 from linear_eval import extract, knn, pixels_of, ridge
 
@@ -105,12 +108,13 @@ def parse(argv=None):
     group = parser.add_argument_group("run")
     flag("--out", None, str, "folder of the run; auto: the next free runs/DATA-ARCH-N")
     flag("--resume", False, bool, "go on with the run in --out, with its flags; start one if there is none")
+    flag("--save-every", 10, float, "minutes between checkpoints within an epoch; there is one at the end of each, too")
     flag("--seed", 0, int, "of weights, order and views")
     flag("--device", "auto", str, "cuda, mps or cpu; auto: the first there is")
     flag("--precision", "auto", str, "of the networks, bfloat16 by autocast; auto: bfloat16 on CUDA",
          choices=["auto", "float32", "bfloat16"])
     flag("--compile", "auto", str, "torch.compile with CUDA graphs; auto: on CUDA", choices=["auto", "on", "off"])
-    flag("--knn-every", None, int, "epochs between looks at held-out images; auto: a fifth of the run", lambda n, a: max(1, a.epochs // 5))
+    flag("--knn-every", None, int, "epochs between looks at held-out images; auto: a fifth of the run", lambda n, a: max(1, total_steps(n, a) // max(1, n // max(1, a.batch)) // 5))
     flag("--profile", 0, int, "run N steps, print where their time goes as one JSON object, and end")
 
     args = parser.parse_args(argv)
@@ -118,7 +122,7 @@ def parse(argv=None):
         if not args.out:
             raise InputError("--resume: name the run's folder with --out")
         if (Path(args.out) / "args.json").is_file():
-            parser.set_defaults(**json.loads((Path(args.out) / "args.json").read_text()))
+            parser.set_defaults(**models.read_json(Path(args.out) / "args.json"))
             args = parser.parse_args(argv)
     return args
 
@@ -247,14 +251,6 @@ def attend(q, queue, scale, shift):
     return o / total.clamp(min=1e-38)[:, None], total.log() + (base - shift), (top + base) / scale
 
 
-# ---------------------------------------------------------------------------------------- how good are the features
-
-def alignment_uniformity(a, b):
-    """Features of two views (N, D) -> mean squared distance of positives, log mean e^(-2 d^2) of all pairs (Wang & Isola 2020)."""
-    a, b = F.normalize(a.cpu(), dim=1), F.normalize(b.cpu(), dim=1)
-    return (a - b).square().sum(1).mean().item(), torch.pdist(a).square().mul(-2).exp().mean().log().item()
-
-
 # ------------------------------------------------------------------------------------------------- views to train on
 
 def unshuffle(x, perm):
@@ -370,11 +366,13 @@ def main(argv=None):
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)  # noqa: E731
 
     def step_once(step, v_q, v_k, perm, mark=lambda phase: None):
-        """One step of MoCo v2: (loss, instance accuracy) as a tensor (2,)."""
+        """One step of MoCo v2: loss, instance accuracy and mean cosine between the queries, as a tensor (3,)."""
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, steps, epoch_steps)
         if compiled:  # a CUDA graph's outputs last until the next step
             torch.compiler.cudagraph_mark_step_begin()
+        if args.head == "dropout":  # a function of the step, as all that is random, so that a resumed run draws the same
+            torch.manual_seed(data.seeded(args.seed, "dropout", step).initial_seed())
         with autocast():
             q = encoder_q(v_q)
         mark("query_forward")
@@ -390,26 +388,58 @@ def main(argv=None):
         optimizer.zero_grad()
         moco.enqueue(k, step)
         mark("update")
-        return torch.stack([loss.detach().mean(), hit.float().mean()])
+        return torch.stack([loss.detach().mean(), hit.float().mean(), q.detach().mean(0).square().sum()])
 
     if args.profile:
         return profile(args, train, device, moco, encoder_q, step_once, autocast)
 
     out = choose_folder(args, rank)  # only now that all flags are known to be good
 
-    # How far: a run that was stopped goes on where its last checkpoint was written.
-    first, totals, started = 0, torch.zeros(2, device=device), time.time()
-    if args.resume and (out / "last.pt").is_file():
-        last = models.load_file(out / "last.pt")
+    # How far: a run that was stopped goes on where its last checkpoint was written. last.pt holds everything; what else is
+    # in the folder is derived from it, so it does not matter between which two files a run is killed.
+    first, log, started = 0, [], time.time()
+    history = torch.zeros(epoch_steps, 3, device=device)  # what step_once says of this epoch's steps
+    last = newest_checkpoint(out) if args.resume else None
+    if last:
         moco.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
-        torch.set_rng_state(last["random"])
-        first, started = last["step"], started - last["seconds"]
+        first, log, started = last["step"], last["log"], started - last["seconds"]
+        history[:first % epoch_steps] = last["history"].to(device)
         say(f"resumed {out} at step {first} of {steps}")
     elif rank == 0:
         save_views(train, args, out / "views.png")
+
+    def derive():
+        data.save(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+        data.save(out / "backbone.pt", {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()})
+
+    def save(step):
+        if rank == 0:
+            try:
+                data.save(out / "last.pt", dict(model=moco.state_dict(), optimizer=optimizer.state_dict(), step=step, log=log,
+                                                history=history[:step % epoch_steps].cpu(), seconds=time.time() - started,
+                                                args=vars(args)), keep=out / "previous.pt")
+                derive()
+            except OSError as error:
+                if step == steps:
+                    raise InputError(f"{error}: the run is at its end, but not saved; make room, then go on with --resume") from None
+                say(f"{error}: not saved; the checkpoint before is whole, training goes on, and the next save tries again")
+
+    def check(step, done):
+        """End a run whose numbers went bad, before it overwrites its last good checkpoint."""
+        bad = (~history[:done, 0].isfinite()).nonzero()
+        before = f"{out}/last.pt is from before, if there is one"
+        if len(bad):
+            raise InputError(f"the loss is {history[bad[0, 0], 0].item()} at step {step + 1 - done + bad[0, 0].item()}: the weights have grown without "
+                             f"bound; lower --lr (now {args.lr:g}), raise --temp or add --warmup; {before}")
+        if done >= 20 and history[done - 20:done, 2].min() > 0.9999:
+            raise InputError(f"at step {step} all queries are alike (mean cosine over 0.9999): the network has collapsed; lower --lr (now {args.lr:g}), "
+                             f"or look at views.png: are the images all alike? {before}")
+
     if rank == 0:
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+        data.save(out / "args.json", json.dumps(vars(args), indent=1))
+        if last:
+            derive()
     say(f"{args.arch}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, on {world} x {device.type}: "
         f"{n:,} images at {args.size} pixels, {steps:,} steps of {args.batch}, in {out}\n"
         f"The loss rises for the first {-(-args.queue // args.batch)} steps, while the random keys that the queue starts with "
@@ -417,50 +447,54 @@ def main(argv=None):
 
     # The loop.
     views = batches(train, args, range(first, steps), device, rank, world)
-    progress, epoch_start = data.Progress(), time.time()
+    progress, epoch_start, epoch_first, saved = data.Progress(), time.time(), first, time.time()
+    stop = catch_signals()
     moco.train()
     for step, (v_q, v_k, perm) in enumerate(ahead(views) if device.type == "cuda" else views, first):
-        totals += step_once(step, v_q, v_k, perm)
         done = step % epoch_steps + 1  # steps of this epoch
         epoch = step // epoch_steps + 1
+        history[done - 1] = step_once(step, v_q, v_k, perm)
 
         def line():
-            loss, accuracy = (totals / done).tolist()
-            speed = done * args.batch / (time.time() - epoch_start)
+            check(step, done)
+            loss, accuracy, _ = history[:done].mean(0).tolist()
+            speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_start)
             left = (steps - step - 1) * args.batch / speed
             return (f"epoch {epoch}/{-(-steps // epoch_steps)}  loss {loss:.3f}  instance accuracy {100 * accuracy:.1f} %  "
                     f"{speed:.0f} images/s  {int(left // 60)}:{int(left % 60):02} left")
 
         progress(line)
-        if done < epoch_steps and step + 1 < steps:
+        ended = done == epoch_steps or step + 1 == steps
+        due = agree(2 if stop else time.time() - saved > 60 * args.save_every) if world == 1 or step % 10 == 9 else 0
+        if not (ended or due):
             continue
         if world > 1:
-            dist.all_reduce(totals, dist.ReduceOp.SUM)
-            totals /= world
-            for buffer in moco.encoder_q.buffers():
+            dist.all_reduce(history)
+            history /= world
+        check(step, done)
+        if ended:
+            for buffer in moco.encoder_q.buffers() if world > 1 else []:
                 dist.broadcast(buffer, 0)
-        loss, accuracy = (totals / done).tolist()
-        entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy,
-                     lr=optimizer.param_groups[0]["lr"], images_per_s=done * args.batch / (time.time() - epoch_start))
-        shown = line()
-        if epoch % args.knn_every == 0 or step + 1 == steps:
-            moco.eval()
-            entry |= monitor(moco.encoder_q.backbone, train, test, args, device)
-            moco.train()
-            shown += "".join(f"  {name} {entry[name]:.2f}" for name in ("knn", "alignment", "uniformity") if name in entry)
-        entry["seconds"] = time.time() - started
-        progress(lambda: shown, end=True)
-        if not math.isfinite(loss):
-            raise InputError(f"the loss is {loss} in epoch {epoch}: lower --lr (now {args.lr:g}) or raise --temp; "
-                             f"{out}/last.pt is still the epoch before")
-        if rank == 0:
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(entry) + "\n")
-            data.save(out / "backbone.pt", {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()})
-            data.save(out / "last.pt", dict(model=moco.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
-                                       seconds=entry["seconds"], random=torch.get_rng_state(), args=vars(args)))
-        totals.zero_()
-        epoch_start = time.time()
+            loss, accuracy, alike = history[:done].mean(0).tolist()
+            entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy, query_similarity=alike,
+                         lr=optimizer.param_groups[0]["lr"])
+            shown = line()
+            if epoch % args.knn_every == 0 or step + 1 == steps:
+                moco.eval()
+                entry |= monitor(moco.encoder_q.backbone, train, test, args, device)
+                moco.train()
+                shown += "".join(f"  {name} {entry[name]:.2f}" for name in ("knn", "alignment", "uniformity") if name in entry)
+            speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_start)
+            log.append(entry | dict(images_per_s=speed, seconds=time.time() - started))
+            progress(lambda: shown, end=True)
+        save(step + 1)
+        saved = time.time()
+        if ended:
+            history.zero_()
+            epoch_start, epoch_first = time.time(), step + 1
+        if due == 2 and step + 1 < steps:
+            say(f"\nstopped and saved at step {step + 1} of {steps}; go on with: python pretrain.py --out {out} --resume")
+            sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
     moco.eval()
     report(moco.encoder_q.backbone, untrained.to(device).eval(), train, test, args, device, out)
@@ -469,16 +503,64 @@ def main(argv=None):
     return moco
 
 
+def catch_signals():
+    """A list that SIGTERM and Ctrl-C are noted in, so that the loop can end between two steps."""
+    caught = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: caught.append(number))
+    return caught
+
+
+def agree(wish):
+    """The largest wish of all processes, so that all save or stop at the same step."""
+    wish = torch.tensor(int(wish))
+    if dist.is_initialized():
+        dist.all_reduce(wish, dist.ReduceOp.MAX)
+    return wish.item()
+
+
+def newest_checkpoint(out):
+    """The content of last.pt, or, if that is damaged, of the one before; None if a run was not there yet."""
+    paths, damaged = [out / name for name in ("last.pt", "previous.pt") if (out / name).is_file()], []
+    for path in paths:
+        try:
+            content = models.load_file(path)
+            if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
+                raise InputError(f"{path}: its checksums do not fit")
+            break
+        except (InputError, zipfile.BadZipFile) as error:
+            say(f"warning: {error}" + (f"; going back to {paths[1]}" if path != paths[-1] else ""))
+            damaged.append(path)
+    if paths == damaged:
+        if paths:
+            raise InputError(f"--resume: no checkpoint in {out} can be read; start again with another --out")
+        return None
+    if dist.is_initialized():
+        dist.barrier()
+    for path in damaged if rank_world()[0] == 0 else []:  # or the next save would keep it in the good one's place
+        os.replace(path, f"{path}.damaged")
+    return content
+
+
 def choose_folder(args, rank):
     """The run's folder, made: --out, or the next free runs/DATA-ARCH-N."""
     if args.out is None:
-        names = (Path("runs") / f"{Path(args.data).resolve().name}-{args.arch}-{i}" for i in range(1, 10**6))
-        chosen = [str(next(path for path in names if not path.exists()))]
+        chosen = [None]
+        if rank == 0:
+            Path("runs").mkdir(exist_ok=True)
+            for i in range(1, 10**6):  # making it claims it, also from a run that starts at the same moment
+                path = Path("runs") / f"{Path(args.data).resolve().name}-{args.arch}-{i}"
+                try:
+                    path.mkdir()
+                    break
+                except FileExistsError:
+                    continue
+            chosen = [str(path)]
         if dist.is_initialized():
             dist.broadcast_object_list(chosen, 0)
         args.out = chosen[0]
     out = Path(args.out)
-    if not args.resume and ((out / "last.pt").exists() or (out / "log.jsonl").exists()):
+    if not args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt", "log.jsonl")):
         raise InputError(f"--out {out}: holds a run already; go on with it (--resume) or name another folder")
     if dist.is_initialized():
         dist.barrier()
@@ -494,8 +576,16 @@ def learning_rate(args, step, steps, epoch_steps):
 def monitor(network, train, test, args, device):
     """kNN accuracy on held-out images, or alignment and uniformity of the training images where there are no labels."""
     if test is None:
-        return dict(zip(("alignment", "uniformity"), alignment_uniformity(*features_of_views(network, train, args, device))))
+        return views_apart(network, train, args, device)
     return dict(knn=knn(*probe_features(network, train, test, args, device)))
+
+
+def views_apart(network, images, args, device):
+    """Alignment and uniformity of two views, drawn as in training, of up to 2,000 images."""
+    rows = torch.randperm(len(images), generator=data.seeded("apart"))[:2000]
+    a, b = (extract(network, images, args.size, device, rows, args.workers, u=u, crop=args.crop, jitter=args.jitter, hue=args.hue,
+                    gray=args.gray, blur=args.blur)[0] for u in torch.rand(2, len(rows), data.COLUMNS, generator=data.seeded("views")))
+    return dict(alignment=alignment(a, b).item(), uniformity=uniformity(a).item())
 
 
 def probe_features(network, train, test, args, device):
@@ -507,21 +597,11 @@ def probe_features(network, train, test, args, device):
             *extract(network, test, args.size, device, workers=args.workers))
 
 
-@torch.no_grad()
-def features_of_views(network, images, args, device):
-    """Features (N, D) of the two views of up to 2,000 images."""
-    few = copy.copy(args)
-    few.batch = -(-min(2000, len(images)) // 10)
-    parts = [(network(v_q), unshuffle(v_k, perm))
-             for v_q, v_k, perm in batches(images, few, range(len(images) // few.batch)[:10], device, 0, 1)]
-    return torch.cat([q for q, _ in parts]), torch.cat([network(v_k) for _, v_k in parts])
-
-
 def report(network, untrained, train, test, args, device, out):
     """The end: what the features are worth beside those of random weights and beside raw pixels, and what to do next."""
     if test is None:
         rows = {"learned": network, "random weights": untrained}
-        table = {name: alignment_uniformity(*features_of_views(net, train, args, device)) for name, net in rows.items()}
+        table = {name: tuple(views_apart(net, train, args, device).values()) for name, net in rows.items()}
         say(f"\n{'features':<16}{'alignment':>11}{'uniformity':>12}   (lower is better, of both together)")
         for name, values in table.items():
             say(f"{name:<16}{values[0]:>11.3f}{values[1]:>12.3f}")

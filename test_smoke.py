@@ -7,8 +7,10 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -484,10 +486,10 @@ SMALL = ["--arch", "mobilenetv3_small", "--batch", 8, "--queue", 16, "--size", 3
 
 
 @pytest.mark.parametrize("stream", ["off", "on"])
-def test_a_run_end_to_end_and_resumed(stream, tmp_path, capsys, monkeypatch):
+def test_a_run_end_to_end(stream, tmp_path, capsys):
     make_folder(tmp_path / "images/train", per=9), make_folder(tmp_path / "images/test", per=2)
     common = ["--data", tmp_path / "images", "--stream", stream, "--epochs", 3, "--hide", "--head", "dropout", *SMALL]
-    moco = run(*common, "--out", tmp_path / "whole")
+    run(*common, "--out", tmp_path / "whole")
     printed = capsys.readouterr().out
     assert "The loss rises for the first 2 steps" in printed and "raw pixels" in printed and "picked for 27 images" in printed
     log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
@@ -500,21 +502,6 @@ def test_a_run_end_to_end_and_resumed(stream, tmp_path, capsys, monkeypatch):
     torchvision.models.mobilenet_v3_small().load_state_dict(torch.load(tmp_path / "whole/backbone.pt"), strict=False)
     with pytest.raises(InputError, match="--resume"):
         run(*common, "--out", tmp_path / "whole")
-
-    write = data.save
-
-    def interrupted(path, content):
-        if content.get("step") == 6:
-            write(path, content)
-            raise KeyboardInterrupt
-        write(path, content)
-
-    monkeypatch.setattr(data, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(*common, "--out", tmp_path / "parts", "--resume")
-    monkeypatch.undo()
-    again = run("--out", tmp_path / "parts", "--resume")  # the flags come from the run
-    assert all(torch.equal(a, b) for a, b in zip(moco.state_dict().values(), again.state_dict().values()))
 
 
 def test_runs_without_labels_and_from_a_checkpoint(tmp_path, capsys):
@@ -917,6 +904,17 @@ def worker(folder, argv):
     torch.save({"model": moco.state_dict(), "order": order}, Path(folder) / f"rank{os.environ.get('RANK', 0)}.pt")
 
 
+def processes(world, code, codes=(0,)):
+    """Run `code` in `world` processes of one group, as torchrun starts them; each must end with one of `codes`."""
+    port = str(random.randint(20000, 40000))
+    jobs = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if 1 in codes else None, env=os.environ | dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
+        for rank in range(world)]
+    ended = [job.wait(240) for job in jobs]
+    assert set(ended) <= set(codes), ended
+    return ended
+
+
 @pytest.mark.parametrize("arch", ["plain", "mobilenetv3_small"])
 @pytest.mark.parametrize("stream", ["off", "on"])
 def test_two_processes(arch, stream, tmp_path):
@@ -927,11 +925,7 @@ def test_two_processes(arch, stream, tmp_path):
         folder = tmp_path / f"world{world}"
         folder.mkdir()
         code = f"import test_smoke; test_smoke.worker({str(folder)!r}, {[*common, '--out', str(folder / 'run')]!r})"
-        port = str(random.randint(20000, 40000))
-        jobs = [subprocess.Popen([sys.executable, "-c", code], cwd=HERE, stdout=subprocess.DEVNULL, env=os.environ | dict(
-            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-            for rank in range(world)]
-        assert [job.wait(240) for job in jobs] == [0] * world
+        processes(world, code)
         result[world] = [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
         result[f"log{world}"] = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
     one, (a, b) = result[1][0]["model"], (r["model"] for r in result[2])
@@ -944,3 +938,156 @@ def test_two_processes(arch, stream, tmp_path):
         for x, y in zip(result["log1"], result["log2"]):
             assert x["loss"] == pytest.approx(y["loss"], abs=1e-4) and x["instance_accuracy"] == pytest.approx(y["instance_accuracy"], abs=1e-4)
     assert [x["knn"] for x in result["log2"] if "knn" in x]
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_two_processes_evaluate_and_analyze_as_one(stream, tmp_path):
+    make_folder(tmp_path / "images/train", per=101), make_folder(tmp_path / "images/test", per=89, seed=7)  # 267 = 256 + 11 images
+    common = ["--arch", "mobilenetv3_small", "--size", "32", "--stem", "imagenet", "--data", str(tmp_path / "images"), "--stream", stream, "--workers", "1"]
+    moco = ["--protocol", "moco", "--epochs", "2", "--batch", "32", "--lr", "1"]
+    runs = {"knn": ("linear_eval", ["--knn"]), "moco": ("linear_eval", moco), "analysis": ("analyze", [])} if stream == "off" else {"knn": ("linear_eval", ["--knn"])}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # exactly the same sums
+    for name, (script, flags) in runs.items():
+        globals()[script].main(["random", *common, *flags, "--out", str(tmp_path / f"{name}1")])
+        processes(2, f"import torch, {script}; torch.set_num_threads(1); {script}.main({['random', *common, *flags, '--out', str(tmp_path / f'{name}2')]!r})")
+    torch.set_num_threads(threads)
+    for name in runs:
+        one, two = (json.loads((tmp_path / f"{name}{world}/{'analysis' if name == 'analysis' else 'result'}.json").read_text()) for world in (1, 2))
+        keys = one.keys() & {"table", "per_class", "confusion", "test_images", "random"}
+        assert keys and all(one[key] == two[key] for key in keys), name
+        assert name == "analysis" or one["test_images"] == 267
+
+
+# -------------------------------------------------------------------------------------------------- nothing is lost
+
+LONG = pytest.mark.skipif(not os.environ.get("LONG"), reason="takes minutes; LONG=1 runs it")
+
+
+def doomed(argv, number=None, delay=0.0):
+    """A run whose last process gets a signal `delay` seconds into its loop."""
+    torch.set_num_threads(1)
+    catch = pretrain.catch_signals
+
+    def start_the_clock():
+        if number and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            timer = threading.Timer(delay, os.kill, (os.getpid(), number))
+            timer.daemon = True
+            timer.start()
+        return catch()
+
+    pretrain.catch_signals = start_the_clock
+    pretrain.main(argv)
+
+
+def content(run):
+    """All tensors of a run's last checkpoint, and its log without the times."""
+    last = torch.load(run / "last.pt")
+    log = [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_s")} for line in (run / "log.jsonl").read_text().splitlines()]
+    tensors = last["model"] | {f"{i} {k}": v for i, s in last["optimizer"]["state"].items() for k, v in s.items()}
+    assert all(torch.equal(v, tensors[f"encoder_q.backbone.{k}"]) for k, v in torch.load(run / "backbone.pt").items())
+    return tensors, log, last["step"]
+
+
+@pytest.mark.parametrize("world,stream,steps,signals", [
+    (1, "off", 12, [9, 15]), (2, "on", 12, [9]),
+    pytest.param(1, "off", 90, [9, 9, 15] * 10, marks=LONG), pytest.param(2, "on", 60, [9, 15] * 5, marks=LONG)])
+def test_a_run_that_is_killed_ends_as_one_that_is_not(world, stream, steps, signals, tmp_path):
+    make_folder(tmp_path / "images/train", per=14), make_folder(tmp_path / "images/test", per=2)
+    common = [*map(str, SMALL), "--data", str(tmp_path / "images"), "--stream", stream, "--steps", str(steps), "--head", "dropout", "--save-every", "0.001", "--workers", "1"]
+    rng, killed = random.Random(0), 0
+    processes(world, f"import test_smoke; test_smoke.doomed({[*common, '--out', str(tmp_path / 'whole')]!r})")
+    span = json.loads((tmp_path / "whole/log.jsonl").read_text().splitlines()[-1])["seconds"]
+    for number in [*signals, None]:
+        delay = rng.uniform(0, 2 * span / (1 + len(signals)))
+        ended = processes(world, f"import test_smoke; test_smoke.doomed({[*common, '--out', str(tmp_path / 'killed'), '--resume']!r}, {number}, {delay})",
+                          (0, 1, -9, 128 + 15, -6) if number else (0,))
+        killed += ended[-1] != 0
+    (a, log_a, step_a), (b, log_b, step_b) = content(tmp_path / "whole"), content(tmp_path / "killed")
+    print(f"{killed} of {len(signals)} signals met the run, {world} processes, streamed {stream}")
+    assert killed >= len(signals) / 4 and step_a == step_b == steps and log_a == log_b
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch):
+    make_folder(tmp_path / "flat", classes=(".",), per=30)
+    monkeypatch.setitem(models.ARCHS, "plain", NoBatchNorm)
+    common = [*map(str, SMALL), "--arch", "plain", "--data", str(tmp_path / "flat"), "--lr", "0.05", "--steps", "9"]
+    whole = run(*common, "--out", tmp_path / "whole")
+    step = pretrain.MoCo.enqueue
+
+    def stop(self, k, at):
+        step(self, k, at)
+        if at == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(pretrain.MoCo, "enqueue", stop)
+    with pytest.raises(SystemExit) as ended:
+        run(*common, "--out", tmp_path / "parts")
+    assert ended.value.code == 143 and torch.load(tmp_path / "parts/last.pt")["step"] == 5
+    processes(2, f"import test_smoke, models; models.ARCHS['plain'] = test_smoke.NoBatchNorm; test_smoke.doomed({['--out', str(tmp_path / 'parts'), '--resume']!r})")
+    parts = torch.load(tmp_path / "parts/last.pt")["model"]
+    assert all(torch.allclose(v, parts[k], atol=1e-5) for k, v in whole.state_dict().items())
+
+
+def test_damaged_checkpoints_and_a_full_disk(tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path / "flat", classes=(".",), per=20)
+    common = ["--data", tmp_path / "flat", "--out", tmp_path / "run", *SMALL, "--epochs", 3]
+    run(*common)
+    first = content(tmp_path / "run")
+    for damage in (lambda b: b[:len(b) // 2], lambda b: b[:len(b) // 2] + bytes([b[len(b) // 2] ^ 1]) + b[len(b) // 2 + 1:], lambda b: b""):
+        path = tmp_path / "run/last.pt"
+        path.write_bytes(damage(path.read_bytes()))
+        capsys.readouterr()
+        run(*common, "--resume")
+        assert "warning" in (printed := capsys.readouterr().out) and "previous.pt" in printed
+        again = content(tmp_path / "run")
+        assert again[1:] == first[1:] and all(torch.equal(first[0][k], again[0][k]) for k in first[0])
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "run" / name).write_bytes(b"torn")
+    with pytest.raises(InputError, match="no checkpoint in .* can be read"):
+        run(*common, "--resume")
+
+    class Full:
+        """A disk with room for `room` checkpoints."""
+        def __init__(self, room):
+            self.room = room
+
+        def __call__(self, content, file):
+            self.room -= isinstance(content, dict) and "model" in content
+            if self.room < 0:
+                file.write(b"half")
+                raise OSError(28, "No space left on device")
+            torch_save(content, file)
+
+    torch_save = torch.save
+    monkeypatch.setattr(torch, "save", Full(1))
+    with pytest.raises(InputError, match="No space left.*make room"):
+        run(*common, "--out", tmp_path / "full")
+    assert "the next save tries again" in capsys.readouterr().out and content(tmp_path / "full")[2] == 2
+    assert not list((tmp_path / "full").glob("*.tmp"))
+    monkeypatch.undo()
+    run(*common, "--out", tmp_path / "full", "--resume")  # room was made
+    assert all(torch.equal(first[0][k], v) for k, v in content(tmp_path / "full")[0].items())
+
+
+@pytest.mark.parametrize("value,message", [(float("nan"), "the loss is nan at step 24"), (None, "all queries are alike")])
+def test_numbers_that_go_bad_end_the_run(value, message, tmp_path, monkeypatch):
+    make_folder(tmp_path / "flat", classes=(".",), per=170)
+    formula, calls = pretrain.info_nce, []
+
+    def bad(q, k, queue, temperature, *rest):
+        calls.append(0)
+        if value is None:
+            q = q * 0 + 1 / 128 ** 0.5
+        loss, hits = formula(q, k, queue, temperature, *rest)
+        return (loss * value if value is not None and len(calls) == 25 else loss), hits
+
+    monkeypatch.setattr(pretrain, "info_nce", bad)
+    if value is None:
+        monkeypatch.setattr(pretrain.Encoder, "forward", lambda self, x, splits=1: F.normalize(torch.ones(len(x), 128) + 0 * self.head[0].weight.sum(), dim=1))
+    with pytest.raises(InputError, match=message) as error:
+        run("--data", tmp_path / "flat", "--out", tmp_path / "run", *SMALL, "--epochs", 20, "--steps", 60)
+    assert "--lr" in str(error.value) and "\n" not in str(error.value)
+    if value is not None:  # the last good checkpoint is still there
+        assert torch.load(tmp_path / "run/last.pt")["step"] == 21

@@ -169,8 +169,9 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def decode(path, size, u=None, scale=None):
-    """Read a file and cut it: the center square (1, 3, size, size) uint8, or for uniforms u (V, 22) V random crops.
+def decode(path, *cuts):
+    """Read a file and cut it: for each of `cuts`, (size, u, scale), the random crops of area `scale` that the uniforms
+    u (V, 22) say, or the center square if u is None: a list of (V, 3, size, size) uint8.
 
     Resampling is PIL's antialiased bilinear. A JPEG is decoded at 1/2, 1/4 or 1/8 where the crops' resolution allows.
     A rotation noted by the camera turns the small crops, not the large picture. Raises whatever PIL raises.
@@ -178,39 +179,45 @@ def decode(path, size, u=None, scale=None):
     with Image.open(path) as image:
         w, h = image.size
         side = min(h, w)
-        boxes = [((h - side) / 2, (w - side) / 2, side, side)] if u is None else crop_boxes(u, h, w, scale).tolist()
-        shrink = min(min(box[2:]) for box in boxes) / size
+        square = [((h - side) / 2, (w - side) / 2, side, side)]
+        boxes = [square if u is None else crop_boxes(u, h, w, scale).tolist() for _, u, scale in cuts]
+        shrink = min(min(box[2:]) / size for (size, _, _), group in zip(cuts, boxes) for box in group)
         image.draft(None, (int(w / max(shrink, 1)), int(h / max(shrink, 1))))
         fy, fx = image.size[1] / h, image.size[0] / w
         turn = UPRIGHT.get(image.getexif().get(0x0112))
-        image = to_rgb(image)
-        crops = [image.resize((size, size), Image.BILINEAR, (x * fx, y * fy, (x + cw) * fx, (y + ch) * fy), reducing_gap=2)
-                 for y, x, ch, cw in boxes]
-        crops = crops if turn is None else [crop.transpose(turn) for crop in crops]
-        return torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2)
+        image, found = to_rgb(image), []
+        for (size, _, _), group in zip(cuts, boxes):
+            crops = [image.resize((size, size), Image.BILINEAR, (x * fx, y * fy, (x + cw) * fx, (y + ch) * fy), reducing_gap=2)
+                     for y, x, ch, cw in group]
+            crops = crops if turn is None else [crop.transpose(turn) for crop in crops]
+            found.append(torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2))
+        return found
 
 
-def attempt(path, size, *args):
+def attempt(path, *cuts):
     """`decode`, or None for a file that is no readable image."""
     try:
-        return decode(path, size, *args)
+        return decode(path, *cuts)
     except Exception:  # PIL raises anything from OSError to struct.error on damaged files
         return None
 
 
 class Stream(torch.utils.data.Dataset):
-    """Decodes in the loader's workers: an item is (row, u (2, columns) or None) -> (crops uint8, row if unreadable)."""
+    """Decodes in the loader's workers: an item is a row and the uniforms of its views (V, columns), which `cuts`, (number,
+    size, scale), share out; or a row alone for its center square -> crops of each cut, and the row if unreadable, else -1."""
 
-    def __init__(self, images, size, scale=None):
-        self.paths, self.size, self.scale = images.paths, size, scale
+    def __init__(self, paths, cuts):
+        self.paths, self.cuts = paths, cuts
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, item):
         row, u = item if isinstance(item, tuple) else (item, None)
+        groups = [None] if u is None else u[:sum(n for n, _, _ in self.cuts)].split([n for n, _, _ in self.cuts])
+        cuts = [(size, group, scale) for (_, size, scale), group in zip(self.cuts, groups)]
         for i in range(row, row + len(self.paths)):  # an unreadable file is replaced by the next one that is readable
-            crops = attempt(self.paths[i % len(self.paths)], self.size, u, self.scale)
+            crops = attempt(self.paths[i % len(self.paths)], *cuts)
             if crops is not None:
                 return crops, row if i > row else -1
         raise InputError("no readable image is left")
@@ -244,22 +251,22 @@ class Images:
         """The center squares of `rows`, (n, 3, R, R) uint8 on the CPU."""
         if self.paths is None:
             return self.pixels[rows.to(self.pixels.device)].cpu()
-        return torch.cat([Stream(self, size)[row][0] for row in rows.tolist()])
+        return torch.cat([Stream(self.paths, [(1, size, None)])[row][0][0] for row in rows.tolist()])
 
-    def stream(self, size, items, device, workers, crop=None):
-        """For each of `items`, a list of what `Stream` takes: uint8 crops (n, V, 3, size, size) that workers decoded.
+    def stream(self, items, device, workers, cuts):
+        """For each of `items`, a list of what `Stream` takes: for each of `cuts` uint8 crops (n, V, 3, size, size).
 
         A file that turns out to be unreadable is named once, and its label becomes unknown (-1).
         """
         loader = torch.utils.data.DataLoader(
-            Stream(self, size, crop), batch_sampler=items, num_workers=workers, pin_memory=device.type == "cuda",
+            Stream(self.paths, cuts), batch_sampler=items, num_workers=workers, pin_memory=device.type == "cuda",
             generator=seeded("workers"))  # else it would draw from the numbers that dropout draws from
         for crops, unreadable in loader:
             new = {row for row in unreadable.tolist() if row >= 0} - self.bad
             report_unreadable([self.paths[row] for row in sorted(new)])
             self.bad |= new
             self.labels[list(new)] = -1
-            yield crops.to(device, non_blocking=True)
+            yield [c.to(device, non_blocking=True) for c in crops]
 
 
 def load_folder(folder, size, device, stream, workers, per_class=None):
@@ -528,18 +535,20 @@ def center(images, size):
 
 # ------------------------------------------------------------------------------------------------------- batches
 
-def schedule(n, batch, seed, step, hide=False):
+def schedule(n, batch, seed, step, hide=False, local=0):
     """What happens at `step`, the same on every process and device, as a function of its arguments.
 
-    Returns rows (batch,): which of the n images; u (2, batch, columns): the uniforms of their query and key views; and
-    perm (batch,): the order in which the key encoder sees them (batch shuffling).
+    Returns rows (batch,): which of the n images; u (2 + local, batch, columns): the uniforms of their query and key views
+    and of `local` more; and perm (batch,): the order in which the key encoder sees them (batch shuffling).
     """
     epoch, i = divmod(step, n // batch)
     if schedule.order[0] != (n, seed, epoch):
         schedule.order = (n, seed, epoch), torch.randperm(n, generator=seeded(seed, "epoch", epoch))
     draw = seeded(seed, "step", step)
     u = torch.rand(2, batch, COLUMNS + CELLS * hide, generator=draw)
-    return schedule.order[1][i * batch:(i + 1) * batch], u, torch.randperm(batch, generator=draw)
+    perm = torch.randperm(batch, generator=draw)
+    u = torch.cat([u, torch.rand(local, *u.shape[1:], generator=draw)]) if local else u
+    return schedule.order[1][i * batch:(i + 1) * batch], u, perm
 
 
 schedule.order = None, None

@@ -105,10 +105,10 @@ def extract(net, images, size, device, rows=None, workers=2, memory=None, u=None
     draws = [None] * rounds if u is None else (list(u.split(256))[rank::world] + [u[:1]] * rounds)[:rounds]
     items = [block.tolist() if v is None else list(zip(block.tolist(), v[:, None, :22])) for block, v in zip(mine, draws)]
     crop = augmentation.pop("crop", (0.2, 1.0))
-    crops = None if images.paths is None else images.stream(size, items, device, workers, crop)
+    crops = None if images.paths is None else images.stream(items, device, workers, [(1, size, crop)])
     good = torch.ones(len(rows), dtype=torch.bool)
     for i, block in enumerate(mine):
-        pixels = next(crops)[:, 0] if crops else images.pixels[block.to(images.pixels.device)]
+        pixels = next(crops)[0][:, 0] if crops else images.pixels[block.to(images.pixels.device)]
         v = draws[i]
         x_in = data.center(pixels, size) if v is None else data.augment(pixels, v.to(device), size, None if crops else crop, **augmentation)
         z = net(x_in).float()
@@ -284,12 +284,12 @@ def train(net, head, images, rows, args, size, crop, device, frozen):
         for picked, u, _ in map(schedule, range(steps)):
             yield list(zip(rows[picked[mine]].tolist(), u[:1, mine, :22].transpose(0, 1)))
 
-    crops = None if images.paths is None else images.stream(size, items(), device, args.workers, crop)
+    crops = None if images.paths is None else images.stream(items(), device, args.workers, [(1, size, crop)])
     net.train(not frozen), head.train()
     progress, start = data.Progress(), time.time()
     for step in range(steps):
         picked, u, _ = schedule(step)
-        x = next(crops)[:, 0] if crops else images.pixels[rows[picked[mine]].to(device)]
+        x = next(crops)[0][:, 0] if crops else images.pixels[rows[picked[mine]].to(device)]
         x = data.augment(x, u[0, mine].to(device), size, None if crops else crop, jitter=0, hue=0, gray=0, blur=0)
         done = step // epoch_steps / args.epochs
         for group in optimizer.param_groups:  # published: a tenth at 60 % and at 80 %; fine-tuning: cosine
@@ -373,12 +373,12 @@ def predict(args):
     net.load_state_dict(state)
     size, bad = args.size or info["size"] or 224, []
     for path in args.predict:
-        crop = data.attempt(path, size)
+        crop = data.attempt(path, (size, None, None))
         if crop is None:
             bad.append(path)
             continue
         with torch.no_grad():
-            p = F.linear(net(data.center(crop, size)), full[f"{last}.weight"], full[f"{last}.bias"])[0].softmax(0)
+            p = F.linear(net(data.center(crop[0], size)), full[f"{last}.weight"], full[f"{last}.bias"])[0].softmax(0)
         print(f"{path}: " + ", ".join(f"{names[i]} {100 * p[i]:.1f} %" for i in p.topk(min(3, len(names))).indices.tolist()))
     if bad:
         raise InputError(f"--predict: not readable as an image: {', '.join(bad)}")

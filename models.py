@@ -10,6 +10,7 @@ in its place is a projection head (`make_head`). `read_backbone` takes the weigh
 import json
 import math
 import pickle
+import re
 from functools import cache, partial
 from pathlib import Path
 
@@ -329,3 +330,22 @@ def read_backbone(path, arch=None):
                             | {"arch": name, "stem": stem or known.get("stem"), "dropped": dropped})
     raise InputError(f"{path}: its weights (such as {', '.join(list(state)[:2])}) are not those of "
                      f"{arch or 'any of ' + ', '.join(ARCHS)}; name the right --arch")
+
+
+def read_teacher(path, arch=None, stem=None):
+    """(backbone, projection head) of a run or of a MoCo checkpoint, with its weights; without a head in the file an Identity."""
+    path = Path(path) / "last.pt" if Path(path).is_dir() else Path(path)
+    state, info = read_backbone(path, arch)
+    backbone = build(info["arch"], info["stem"] or stem or "imagenet")
+    backbone.load_state_dict(state)
+    content = load_file(path)
+    content = content.get("model", content.get("state_dict", content))
+    layers = {}
+    for name, value in content.items():
+        if found := re.fullmatch(r"(?:module\.)?encoder_q\.(?:head|fc)\.(\d+)\.(weight|bias)", name):
+            layers.setdefault(int(found[1]), {})[found[2]] = value
+    head = []
+    for i in sorted(layers):
+        head += [nn.Linear(*layers[i]["weight"].T.shape), nn.ReLU()]
+        head[-2].load_state_dict(layers[i])
+    return backbone, nn.Sequential(*head[:-1])

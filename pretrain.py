@@ -37,6 +37,17 @@ from linear_eval import extract, knn, pixels_of, ridge
 
 # ------------------------------------------------------------------------------------------------------ the flags
 
+RECIPES = {"moco-v2": {},
+           "small": dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi et al. 2022
+           "light": dict(symmetric=True, smooth=0.1, head="2048", momentum_end=1.0),  # Lin et al. 2022
+           "local": dict(local_crops=6, local_scale=[0.05, 0.3], crop=[0.3, 1.0])}  # Tan et al. 2023
+
+
+def expanded(flags):
+    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {' '.join(map(str, value)) if isinstance(value, list) else value}")
+                    for name, value in flags.items())
+
+
 AUTO = {}  # flags whose default depends on the data: name -> rule of n images and the flags before it
 
 
@@ -81,10 +92,25 @@ def parse(argv=None):
     flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a power of two up to a tenth of the images, and so short that its oldest "
          "keys are no staler than MoCo's own, K / batch = 0.256 / (1 - m), but 2 batches: the queries tell stale keys from new ones "
          "instead of one image from another",
-         lambda n, a: min(n, max(2 * a.batch, power(min(65536, n // 10, 0.2561 * a.batch / max(1e-6, 1 - a.momentum))))))
+         lambda n, a: min(n, max(2 * a.batch * (1 + a.symmetric), power(min(65536, n // 10, 0.2561 * a.batch / max(1e-6, 1 - a.momentum))))))
     flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, fewer if they would have under 64 images, but 2",
          lambda n, a: next((s for s in range(max(2, rank_world()[1], min(8, a.batch // 64)), 0, -1)
                            if a.batch % s == 0 and s % rank_world()[1] == 0), rank_world()[1]))
+
+    group = parser.add_argument_group("beyond MoCo v2")
+    flag("--symmetric", False, bool, "both views are query and key (MoCo's CIFAR notebook; Lin 2022)")
+    flag("--smooth", 0, float, "S: the target is 1 - S on the positive and S / k on each of the k nearest queue keys (Lin 2022)")
+    flag("--smooth-k", 5, int, "that k")
+    flag("--local-crops", 0, int, "N local query views more, all matched to the key (Tan 2023: 6)")
+    flag("--local-size", None, int, "their side in pixels; auto: Tan 2023's 128 of 224, in multiples of 4", lambda n, a: max(8, round(a.size * 128 / 224 / 4) * 4))
+    flag("--local-scale", [0.05, 0.3], float, "range of their area; Tan 2023: with --crop 0.3 1", nargs=2, metavar=("LO", "HI"))
+    flag("--momentum-end", None, float, "the key encoder's m goes from --momentum to this along a cosine (Lin 2022: 1); auto: stays",
+         lambda n, a: a.momentum)
+    flag("--teacher", None, str, "distill this checkpoint (SEED, Fang 2021) for --teacher-epochs, then contrast; its embedding has to have --dim numbers")
+    flag("--teacher-arch", None, str, "its network, where the file fits several")
+    flag("--teacher-epochs", None, int, "auto: a tenth of the run, the paper's initialization; as many as --epochs: distillation alone",
+         lambda n, a: max(1, total_steps(n, a) // max(1, n // max(1, a.batch)) // 10))
+    flag("--teacher-temp", 0.01, float, "temperature of the teacher's softmax (SEED)")
 
     group = parser.add_argument_group("augmentation (defaults: MoCo v2)")
     flag("--crop", [0.2, 1.0], float, "range of the random resized crop's area", nargs=2, metavar=("LO", "HI"))
@@ -106,6 +132,8 @@ def parse(argv=None):
     flag("--schedule", "cosine", str, "of the learning rate (MoCo v2: cosine)", choices=["cosine", "constant"])
 
     group = parser.add_argument_group("run")
+    flag("--recipe", "moco-v2", str, "a set of the flags above, each of which still overrides it: " + "; ".join(
+         f"{name}: {expanded(flags) or 'the defaults'}" for name, flags in RECIPES.items()), choices=list(RECIPES))
     flag("--out", None, str, "folder of the run; auto: the next free runs/DATA-ARCH-N")
     flag("--resume", False, bool, "go on with the run in --out, with its flags; start one if there is none")
     flag("--save-every", 10, float, "minutes between checkpoints within an epoch; there is one at the end of each, too")
@@ -118,6 +146,9 @@ def parse(argv=None):
     flag("--profile", 0, int, "run N steps, print where their time goes as one JSON object, and end")
 
     args = parser.parse_args(argv)
+    if args.recipe != "moco-v2":
+        parser.set_defaults(**RECIPES[args.recipe])
+        args = parser.parse_args(argv)
     if args.resume:
         if not args.out:
             raise InputError("--resume: name the run's folder with --out")
@@ -138,22 +169,30 @@ def power(n):
 
 def resolve(args, n):
     """Fill in what is `auto`, in an order in which each rule finds what it needs, and refuse what cannot work."""
-    picked = [name for name in ("stem", "batch", "epochs", "momentum", "queue", "bn_splits", "lr", "knn_every") if getattr(args, name) is None]
+    rules = ["stem", "batch", "epochs", "momentum", "momentum_end", "queue", "bn_splits", "lr", "knn_every", "local_size", "teacher_epochs"]
+    unused = ["momentum_end"] + ["local_size"] * (not args.local_crops) + ["teacher_epochs"] * (not args.teacher)
+    picked = [name for name in rules if getattr(args, name) is None]
     for name in picked:
         setattr(args, name, AUTO[name](n, args))
-    if picked:
-        say(f"picked for {n:,} images: " + ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in picked))
+    if args.recipe != "moco-v2":
+        say(f"--recipe {args.recipe}: {expanded({name: getattr(args, name) for name in RECIPES[args.recipe]})}")
+    if shown := [name for name in picked if name not in unused]:
+        say(f"picked for {n:,} images: " + ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shown))
     world = rank_world()[1]
     for wrong, message in [
         (args.batch > n, f"--batch {args.batch}: there are only {n} images; lower it"),
         (args.batch < 2 or args.batch % world, f"--batch {args.batch}: must be at least 2 and a multiple of the {world} processes"),
-        (args.queue <= args.batch, f"--queue {args.queue}: must be larger than --batch {args.batch}"),
+        (args.queue <= args.batch * (1 + args.symmetric), f"--queue {args.queue}: must be larger than --batch {args.batch}" + ", twice with --symmetric" * args.symmetric),
         (args.queue > n, f"--queue {args.queue}: must not exceed the {n} images, or an image meets itself as a negative"),
         (args.bn_splits < 1 or args.batch % args.bn_splits or args.bn_splits % world or args.batch < 2 * args.bn_splits,
          f"--bn-splits {args.bn_splits}: must divide --batch {args.batch} into parts of 2 or more, the same number on each of {world} processes"),
         (not args.temp > 0, f"--temp {args.temp}: must be above 0; 0.05 to 0.5 is usual"),
         (not 0 <= args.momentum <= 1, f"--momentum {args.momentum}: must be within 0..1"),
-        (not 0 < args.crop[0] <= args.crop[1] <= 1, f"--crop {args.crop[0]} {args.crop[1]}: must be 0 < LO <= HI <= 1"),
+        (not 0 <= args.momentum_end <= 1, f"--momentum-end {args.momentum_end}: must be within 0..1"),
+        *((not 0 < low <= high <= 1, f"{name} {low} {high}: must be 0 < LO <= HI <= 1") for name, (low, high) in (("--crop", args.crop), ("--local-scale", args.local_scale))),
+        (not 0 <= args.smooth < 1 or not 0 < args.smooth_k <= args.queue, f"--smooth {args.smooth:g} --smooth-k {args.smooth_k}: must be within 0..1 and 1..--queue"),
+        (args.local_crops < 0 or args.local_size < 8, f"--local-crops {args.local_crops} --local-size {args.local_size}: must not be negative, and at least 8 pixels"),
+        (not args.teacher_temp > 0, f"--teacher-temp {args.teacher_temp}: must be above 0"),
         (min(args.jitter, args.hue, args.gray, args.blur) < 0, "--jitter, --hue, --gray, --blur: must not be negative"),
         (min(args.dim, args.epochs, args.lr, args.knn_every) <= 0, "--dim, --epochs, --lr, --knn-every: must be above 0"),
     ]:
@@ -190,6 +229,12 @@ class MoCo(nn.Module):
         torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.momentum)
 
     @torch.no_grad()
+    def start_from_query(self, generator):
+        """After a distillation: the key encoder becomes the query encoder, the queue random keys."""
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.queue.copy_(F.normalize(torch.randn(self.queue.shape, generator=generator), dim=1))
+
+    @torch.no_grad()
     def keys(self, v_k, perm, splits):
         """Unit keys (B, C) of the whole batch in the order of its queries, from this process's share (n, 3, H, W) of the
         views in the order `perm`: so a query's BatchNorm statistics are of other images than its key's (section 3.3)."""
@@ -203,25 +248,30 @@ class MoCo(nn.Module):
         self.queue.index_copy_(0, at, k.to(self.queue.dtype))
 
 
-def info_nce(q, k, queue, temperature):
+def info_nce(q, k, queue, temperature, target=None):
     """InfoNCE of queries q (N, C) with positives k (N, C) and negatives queue (K, C), unit rows (Oord et al. 2018).
 
-    -> loss (N,), and hits (N,): is the positive more similar than every negative. Only q gets a gradient.
+    -> loss (N,), and hits (N,): is the positive more similar than every negative. Only q gets a gradient. `target` (N, C)
+    makes it the cross-entropy against any distribution over [k_i, queue]: it is the mean key t_i under that, k_i if None.
 
     The loss is attention with the queue as keys and as values: attention returns o_i = sum_j p_ij queue_j under the
     softmax p over the negatives, and the log-sum-exp s_i of their logits, here less the positive's, q_i.k_i / T. Then
 
         loss_i = log(1 + e^s_i)        d loss_i / d q_i = sigmoid(s_i) (o_i - k_i) / T
 
-    so the forward pass already holds the gradient, and neither pass ever holds the N x K logits.
+    so the forward pass already holds the gradient, and neither pass ever holds the N x K logits. Another target adds
+    q_i.(k_i - t_i) / T to the loss, and (k_i - t_i) / T to the gradient.
     """
     x, k, queue = q.detach(), k.detach(), queue.detach()
     if q.device.type == "cpu" and len(q) * len(queue) <= 2 ** 18:  # few logits do not average the rounding of 1 / T away,
         x, k, queue = x.double(), k.double(), queue.double()       # and few cost nothing in double
     similarity = (x * k).sum(1)
     o, s, top = attend(x, queue, 1 / temperature, similarity / temperature)
-    gradient = (s.sigmoid()[:, None] * (o - k) / temperature).to(q.dtype)
-    return F.softplus(s).to(q.dtype) + ((q - q.detach()) * gradient).sum(1), similarity > top  # adds 0, and `gradient` to q's
+    loss, gradient = F.softplus(s), s.sigmoid()[:, None] * (o - k)
+    if target is not None:
+        loss, gradient = loss + (x * (k - target)).sum(1) / temperature, gradient + (k - target)
+    gradient = (gradient / temperature).to(q.dtype)
+    return loss.to(q.dtype) + ((q - q.detach()) * gradient).sum(1), similarity > top  # adds 0, and `gradient` to q's
 
 
 def attend(q, queue, scale, shift):
@@ -251,6 +301,22 @@ def attend(q, queue, scale, shift):
     return o / total.clamp(min=1e-38)[:, None], total.log() + (base - shift), (top + base) / scale
 
 
+def smooth_target(q, k, queue, share, n):
+    """Mean key (N, C) when `share` of the target lies evenly on the n queue keys nearest to the query (Lin et al. 2022)."""
+    near, row = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long, device=q.device)
+    for start in range(0, len(queue), 4096):  # only a block of the N x K similarities is ever there
+        more, where = (q @ queue[start:start + 4096].to(q.dtype).T).topk(min(n, len(queue) - start))
+        near, pick = torch.cat([near, more], 1).topk(min(n, near.shape[1] + more.shape[1]))
+        row = torch.cat([row, where + start], 1).gather(1, pick)
+    return (1 - share) * k + share * queue[row].to(k.dtype).mean(1)
+
+
+def teacher_target(z, queue, temperature):
+    """Mean key (N, C) under the teacher's softmax over [its embedding z (N, C), queue of its embeddings] (Fang et al. 2021)."""
+    o, s, _ = attend(z, queue.to(z.dtype) if not z.is_cuda else queue, 1 / temperature, z.square().sum(1) / temperature)
+    return torch.lerp(z, o, s.sigmoid()[:, None])
+
+
 # ------------------------------------------------------------------------------------------------- views to train on
 
 def unshuffle(x, perm):
@@ -259,34 +325,44 @@ def unshuffle(x, perm):
 
 
 def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
-    """For each of `steps`: this process's query views, its share of the shuffled batch's key views, and the shuffle."""
+    """For each of `steps`: this process's n query views, its share of the shuffled batch's key views, the shuffle, and
+    the local query views or None. With --symmetric, 2 n query views and key views: the second n have changed roles."""
     n = args.batch // world
     mine = slice(rank * n, (rank + 1) * n)
+    settings = dict(jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
+
+    def draw(step):
+        return data.schedule(len(images), args.batch, args.seed, step, args.hide, args.local_crops)
 
     def put(x):  # without waiting for the device
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
     def items():  # the loader's workers cut the very crops that `schedule` says
-        for step in steps:
-            rows, u, _ = data.schedule(len(images), args.batch, args.seed, step, args.hide)
+        for rows, u, _ in map(draw, steps):
             yield list(zip(rows[mine].tolist(), u[:, mine, :22].transpose(0, 1)))
 
     streamed = images.pixels is None
-    crops = images.stream(args.size, items(), device, args.workers, args.crop) if streamed else None
+    cuts = [(2, args.size, args.crop), (args.local_crops, args.local_size, args.local_scale)][:1 + (args.local_crops > 0)]
+    stream = images.stream(items(), device, args.workers, cuts) if streamed else None
     for step in steps:
-        rows, u, perm = data.schedule(len(images), args.batch, args.seed, step, args.hide)
+        rows, u, perm = draw(step)
         shuffled = perm[mine]
         if streamed:
-            x_q, x_k = next(crops).unbind(1)
-            x_k = (data.gather(x_k.contiguous()) if world > 1 else x_k)[put(shuffled)]
+            crops = next(stream)  # (n, 2, 3, S, S), and of the local views (n, L, 3, s, s)
+            own, own_local = [c.unbind(1) for c in (*crops, crops[0])][:2]
         else:  # a process that has all images need not be sent any: it picks its share of the shuffled rows
-            x_q, x_k = images.pixels[put(rows[mine])], images.pixels[put(rows[shuffled])]
+            own = own_local = [images.pixels[put(rows[mine])]] * max(2, args.local_crops)
+            other = images.pixels[put(rows[shuffled])]
         mark("data")
-        settings = dict(crop=None if streamed else args.crop, jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
-        v_q = data.augment(x_q, put(u[0, mine]), args.size, **settings)
-        v_k = data.augment(x_k, put(u[1, shuffled]), args.size, **settings)
+        crop, local = (None, None) if streamed else (args.crop, args.local_scale)
+        v_q, v_k = [], []
+        for query, key in ((0, 1), (1, 0)) if args.symmetric else ((0, 1),):
+            x_k = data.gather(own[key].contiguous())[put(shuffled)] if streamed else other
+            v_q.append(data.augment(own[query], put(u[query, mine]), args.size, crop, **settings))
+            v_k.append(data.augment(x_k, put(u[key, shuffled]), args.size, crop, **settings))
+        v_l = [data.augment(own_local[i], put(u[2 + i, mine]), args.local_size, local, **settings) for i in range(args.local_crops)]
         mark("views")
-        yield v_q, v_k, put(perm)
+        yield torch.cat(v_q), torch.cat(v_k), put(perm), torch.cat(v_l) if v_l else None
 
 
 def ahead(batches):
@@ -300,7 +376,7 @@ def ahead(batches):
     batch = fetch()
     while batch is not None:
         torch.cuda.current_stream().wait_stream(side)
-        for x in batch:
+        for x in filter(torch.is_tensor, batch):
             x.record_stream(torch.cuda.current_stream())
         now, batch = batch, fetch()
         yield now
@@ -309,8 +385,8 @@ def ahead(batches):
 def save_views(images, args, path):
     """A grid: the first eight images of the first batch (top) and their two views as the network sees them."""
     few = copy.copy(args)
-    few.batch = min(8, len(images))
-    v_q, v_k, perm = next(batches(images, few, range(1), torch.device("cpu"), 0, 1))
+    few.batch, few.symmetric, few.local_crops = min(8, len(images)), False, 0
+    v_q, v_k, perm, _ = next(batches(images, few, range(1), torch.device("cpu"), 0, 1))
     rows = data.schedule(len(images), few.batch, args.seed, 0)[0]
     original = data.center(images.squares(rows, args.size), args.size)
     grid = torch.stack([original, v_q, unshuffle(v_k, perm)])
@@ -349,6 +425,14 @@ def main(argv=None):
             raise InputError(f"--init {args.init}: has the {found['stem']} stem; give it as --stem")
         backbone.load_state_dict(initial)
         say(f"--init {args.init}: {found['arch']}, dropped {len(found['dropped'])} other tensors")
+    teacher, distilled = None, 0
+    if args.teacher:
+        teacher = Encoder(*models.read_teacher(args.teacher, args.teacher_arch, args.stem)).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        with torch.no_grad():
+            width = teacher(torch.zeros(1, 3, args.size, args.size, device=device)).shape[1]
+        if width != args.dim:
+            raise InputError(f"--teacher {args.teacher}: embeds in {width} dimensions; give --dim {width}")
+        distilled = min(steps, args.teacher_epochs * epoch_steps)
     moco = MoCo(Encoder(backbone, models.make_head(args.head, backbone.dim, args.dim)), args.dim, args.queue, args.momentum)
     moco.to(device, memory_format=torch.channels_last)
     if device.type == "cuda":
@@ -365,22 +449,38 @@ def main(argv=None):
     half = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)  # noqa: E731
 
-    def step_once(step, v_q, v_k, perm, mark=lambda phase: None):
+    def step_once(step, v_q, v_k, perm, v_l, mark=lambda phase: None):
         """One step of MoCo v2: loss, instance accuracy and mean cosine between the queries, as a tensor (3,)."""
+        n, ways, target = args.batch // world, 1 + args.symmetric, None
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, steps, epoch_steps)
+        moco.momentum = args.momentum_end + (args.momentum - args.momentum_end) * 0.5 * (1 + math.cos(math.pi * step / steps))
         if compiled:  # a CUDA graph's outputs last until the next step
             torch.compiler.cudagraph_mark_step_begin()
         if args.head == "dropout":  # a function of the step, as all that is random, so that a resumed run draws the same
             torch.manual_seed(data.seeded(args.seed, "dropout", step).initial_seed())
+        if teacher and step == distilled:
+            moco.start_from_query(data.seeded(args.seed, "queue"))
         with autocast():
-            q = encoder_q(v_q)
+            q = encoder_q(v_q, ways)
+            if v_l is not None:
+                q = torch.cat([q, encoder_q(v_l)])
         mark("query_forward")
-        moco.update_key_encoder()
         with autocast():
-            k = moco.keys(v_k, perm, args.bn_splits // world)
+            if step < distilled:  # teacher and student see the same view
+                own = teacher(v_q)
+                k = data.gather(own)
+            else:
+                moco.update_key_encoder()
+                k = torch.cat([moco.keys(v, perm, args.bn_splits // world) for v in v_k.chunk(ways)])
+                own = k.view(ways, args.batch, -1)[:, rank * n:(rank + 1) * n].flatten(0, 1)  # the keys of q
+        own = torch.cat([own, own[:n].repeat(args.local_crops, 1)])
         mark("keys")
-        loss, hit = info_nce(q, k[rank * len(q):(rank + 1) * len(q)], moco.queue, args.temp)
+        if step < distilled:
+            target = teacher_target(own, moco.queue, args.teacher_temp)
+        elif args.smooth:
+            target = smooth_target(q.detach(), own, moco.queue, args.smooth, args.smooth_k)
+        loss, hit = info_nce(q, own, moco.queue, args.temp, target)
         mark("loss")
         loss.mean().backward()
         mark("backward")
@@ -388,7 +488,7 @@ def main(argv=None):
         optimizer.zero_grad()
         moco.enqueue(k, step)
         mark("update")
-        return torch.stack([loss.detach().mean(), hit.float().mean(), q.detach().mean(0).square().sum()])
+        return torch.stack([loss.detach().mean(), hit[:ways * n].float().mean(), q.detach().mean(0).square().sum()])
 
     if args.profile:
         return profile(args, train, device, moco, encoder_q, step_once, autocast)
@@ -450,10 +550,10 @@ def main(argv=None):
     progress, epoch_start, epoch_first, saved = data.Progress(), time.time(), first, time.time()
     stop = catch_signals()
     moco.train()
-    for step, (v_q, v_k, perm) in enumerate(ahead(views) if device.type == "cuda" else views, first):
+    for step, batch in enumerate(ahead(views) if device.type == "cuda" else views, first):
         done = step % epoch_steps + 1  # steps of this epoch
         epoch = step // epoch_steps + 1
-        history[done - 1] = step_once(step, v_q, v_k, perm)
+        history[done - 1] = step_once(step, *batch)
 
         def line():
             check(step, done)
@@ -643,16 +743,16 @@ def profile(args, train, device, moco, encoder_q, step_once, autocast):
         return time.perf_counter() - start
 
     def bare(count):
-        v_q, v_k, perm = next(batches(train, args, range(1), device, rank, world))
+        v_q, v_k, _, v_l = next(batches(train, args, range(1), device, rank, world))
         for step in range(count + 3):
             if step == 3:
                 wait()
                 start = time.perf_counter()
             with autocast():
-                q = encoder_q(v_q)
+                q = encoder_q(v_q, 1 + args.symmetric).sum() + (encoder_q(v_l).sum() if v_l is not None else 0)
                 with torch.no_grad():
                     moco.encoder_k(v_k, args.bn_splits // world)
-            q.sum().backward()
+            q.backward()
             moco.encoder_q.zero_grad()
         wait()
         return time.perf_counter() - start

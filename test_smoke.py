@@ -299,18 +299,18 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
              "alpha.png": (half, on_white), "palette.png": (picture.quantize(256), rgb), "cmyk.tif": (picture.convert("CMYK"), rgb), "bilevel.png": (Image.fromarray(white).convert("1"), white[..., None])}
     for name, (image, expected) in kinds.items():
         image.save(tmp_path / name)
-        found = data.decode(tmp_path / name, 24)[0].permute(1, 2, 0).numpy().astype(int)
+        found = data.decode(tmp_path / name, (24, None, None))[0][0].permute(1, 2, 0).numpy().astype(int)
         assert np.abs(found - expected).mean() < 4, name
     for orientation, undo in {1: lambda x: x, 3: lambda x: x[::-1, ::-1], 6: lambda x: np.rot90(x, -1), 8: np.rot90, 2: lambda x: x[:, ::-1], 5: lambda x: x.transpose(1, 0, 2)}.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         picture.save(tmp_path / "turned.png", exif=exif)
-        found = data.decode(tmp_path / "turned.png", 24)[0].permute(1, 2, 0).numpy()
+        found = data.decode(tmp_path / "turned.png", (24, None, None))[0][0].permute(1, 2, 0).numpy()
         assert (found == undo(rgb)).all(), orientation
     big = Image.fromarray(photo(400, 600).permute(1, 2, 0).numpy())
     big.save(tmp_path / "big.jpg", quality=95)
     u = rand(5, 22, seed=4, dtype=torch.float32)
-    crops, boxes = data.decode(tmp_path / "big.jpg", 32, u, (0.2, 1)), data.crop_boxes(u, 400, 600, (0.2, 1)).tolist()
+    crops, boxes = data.decode(tmp_path / "big.jpg", (32, u, (0.2, 1)))[0], data.crop_boxes(u, 400, 600, (0.2, 1)).tolist()
     for crop, (y, x, h, w) in zip(crops, boxes):  # decoded at reduced scale, still the same crop
         expected = np.asarray(big.resize((32, 32), Image.BILINEAR, (x, y, x + w, y + h))).astype(int)
         assert np.abs(crop.permute(1, 2, 0).numpy() - expected).mean() < 3
@@ -353,11 +353,11 @@ def test_streamed_views_are_the_resident_ones(tmp_path):
         Image.open(file).crop((0, 0, 32, 32)).save(file.with_suffix(".png")), file.unlink()
     views = {}
     for stream in ("on", "off"):
-        args = pretrain.parse(["--batch", "6", "--workers", "2", "--size", "32"])
+        args = pretrain.parse(["--batch", "6", "--workers", "2", "--size", "32", "--symmetric", "--local-crops", "3", "--local-size", "16"])
         images = data.load(str(tmp_path), stream=stream, size=32)[0]
         views[stream] = list(pretrain.batches(images, args, range(3), torch.device("cpu"), 0, 1))
     for a, b in zip(views["on"], views["off"]):
-        for x, y in zip(a[:2], b[:2]):
+        for x, y in zip((*a[:2], a[3]), (*b[:2], b[3])):
             assert (x - y).abs().mean() < 0.02  # bytes are rounded once more
         assert torch.equal(a[2], b[2])
 
@@ -425,6 +425,96 @@ def test_training_with_the_plain_formula_is_the_same(tmp_path, monkeypatch):
         run("--data", tmp_path / "flat", "--out", tmp_path / name, *SMALL, "--arch", "plain", "--steps", 50, "--lr", 0.05)
         curves.append(seen)
     assert len(set(curves[0])) == 50 and curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+def log_softmax_of(q, k, queue, temperature):
+    """log p (N, 1 + K) of [k, queue] under the queries."""
+    return (torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature).log_softmax(1)
+
+
+def test_soft_targets_are_the_plain_cross_entropy():
+    q, k, queue = unit(7, 16, seed=1), unit(7, 16, seed=2), unit(9000, 16, seed=3)  # more than two blocks of the top-k
+    smooth = torch.zeros(7, 9001, dtype=torch.float64).scatter_(1, 1 + (q @ queue.T).topk(5).indices, 0.3 / 5)
+    smooth[:, 0] = 0.7
+    teacher = log_softmax_of(k, k, queue, 0.05).exp()
+    for target, soft in ((pretrain.smooth_target(q, k, queue, 0.3, 5), smooth), (pretrain.teacher_target(k, queue, 0.05), teacher)):
+        a, b = q.clone().requires_grad_(), q.clone().requires_grad_()
+        loss = pretrain.info_nce(a, k, queue, 0.2, target)[0]
+        plain = -(soft * log_softmax_of(b, k, queue, 0.2)).sum(1)
+        loss.sum().backward(), plain.sum().backward()
+        assert torch.allclose(loss, plain, rtol=1e-10) and torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda q: pretrain.info_nce(q, k, queue[:50], 0.2, k.roll(1, 0))[0], q.clone().requires_grad_())
+
+
+def techniques(tmp_path, monkeypatch, *flags, steps=1):
+    """What a run of few steps gave: its networks and queue, and what info_nce was called with."""
+    monkeypatch.setitem(models.ARCHS, "plain", NoBatchNorm)
+    calls, formula = [], pretrain.info_nce
+
+    def record(*args):
+        calls.append([a.detach().clone() if torch.is_tensor(a) else a for a in args])
+        return formula(*args)
+
+    monkeypatch.setattr(pretrain, "info_nce", record)
+    if not (tmp_path / "flat").is_dir():
+        make_folder(tmp_path / "flat", classes=(".",), per=40)
+    moco = run("--data", tmp_path / "flat", "--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}", *SMALL, "--arch", "plain", "--head", "linear", "--steps", steps, "--lr", 0.1, *flags)
+    monkeypatch.setattr(pretrain, "info_nce", formula)
+    return moco, calls
+
+
+def test_techniques_that_are_off_change_no_bit_and_on_change_the_formula(tmp_path, monkeypatch):
+    plain, calls = techniques(tmp_path, monkeypatch)
+    off, _ = techniques(tmp_path, monkeypatch, "--smooth", 0, "--local-crops", 0, "--momentum-end", 0.8, "--recipe", "moco-v2")
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), off.state_dict().values()))
+    (q, k, queue, temperature, target), = calls
+    assert len(q) == 8 and target is None and temperature == 0.2
+
+    _, ((q2, k2, queue2, _, _),) = techniques(tmp_path, monkeypatch, "--symmetric")
+    assert torch.equal(q2[:8], q) and torch.equal(k2[:8], k) and torch.equal(queue2, queue)
+    # before the first update both encoders are one: the second eight queries are the first keys, and the other way round
+    assert torch.allclose(q2[8:], k2[:8], atol=1e-6) and torch.allclose(k2[8:], q2[:8], atol=1e-6)
+
+    _, ((q3, k3, _, _, _),) = techniques(tmp_path, monkeypatch, "--local-crops", 2, "--local-size", 32)
+    assert torch.equal(q3[:8], q) and len(q3) == 24 and torch.equal(k3, k.repeat(3, 1)) and not torch.allclose(q3[8:16], q3[16:])
+
+    _, ((_, _, _, _, target),) = techniques(tmp_path, monkeypatch, "--smooth", 0.3, "--smooth-k", 2)
+    assert torch.equal(target, pretrain.smooth_target(q, k, queue, 0.3, 2))
+
+    ema = techniques(tmp_path, monkeypatch, "--momentum", 0.5, "--momentum-end", 1, steps=2)[0]
+    assert ema.momentum == pytest.approx(1 - 0.5 * 0.5 * (1 + math.cos(math.pi / 2)))
+
+
+def test_a_teacher_starts_the_run(tmp_path, monkeypatch, capsys):
+    techniques(tmp_path, monkeypatch, "--out", tmp_path / "teacher", "--steps", 3)
+    teacher = ["--teacher", tmp_path / "teacher", "--teacher-epochs", 1]
+    _, calls = techniques(tmp_path, monkeypatch, *teacher, steps=7)  # five steps are an epoch
+    net = pretrain.Encoder(*models.read_teacher(tmp_path / "teacher", "plain"))
+    images = data.load(str(tmp_path / "flat"), size=32)[0]
+    for step, (q, z, queue, temperature, target) in enumerate(calls):
+        assert (target is None) == (step >= 5)
+        if step < 5:
+            rows, u, _ = data.schedule(40, 8, 0, step)
+            assert torch.allclose(z, net(data.augment(images.pixels[rows], u[0], 32)), atol=1e-5)
+            p = log_softmax_of(z.double(), z.double(), queue.double(), 0.01).exp()
+            assert torch.allclose(target.double(), p[:, :1] * z + p[:, 1:] @ queue.double(), atol=1e-4)
+    queue = calls[5][2]
+    assert not torch.isclose(queue[:, None], calls[4][1][None], atol=1e-6).all(2).any()  # no teacher's embedding is left
+    with pytest.raises(InputError, match="give --dim 128"):
+        techniques(tmp_path, monkeypatch, *teacher, "--dim", 64)
+    torch.save({"state_dict": {f"module.encoder_q.{k}": v for k, v in models.build("resnet18", "imagenet").state_dict().items()} | {
+        "module.encoder_q.fc.0.weight": torch.ones(6, 512), "module.encoder_q.fc.0.bias": torch.ones(6),
+        "module.encoder_q.fc.2.weight": torch.ones(4, 6), "module.encoder_q.fc.2.bias": torch.ones(4)}}, tmp_path / "moco.pt")
+    backbone, head = models.read_teacher(tmp_path / "moco.pt")
+    assert [tuple(p.shape) for p in head.parameters()] == [(6, 512), (6,), (4, 6), (4,)] and backbone.dim == 512
+
+
+def test_recipes_are_flags(capsys):
+    for name, flags in pretrain.RECIPES.items():
+        args = pretrain.parse(["--recipe", name, "--temp", "0.3"])
+        assert all(getattr(args, key) == (0.3 if key == "temp" else value) for key, value in flags.items())
+        pretrain.resolve(args, 1000)
+        assert name == "moco-v2" or f"--recipe {name}: --" in capsys.readouterr().out
 
 
 def tiny_moco(queue=10):
@@ -525,7 +615,8 @@ def test_profile(tmp_path, capsys):
     (["--arch", "vgg"], "--arch vgg"), (["--batch", 100], "--batch 100"), (["--batch", 0], "--batch 0"), (["--queue", 8], "--queue 8"), (["--queue", 500], "--queue 500"),
     (["--temp", 0], "--temp 0"), (["--bn-splits", 3], "--bn-splits 3"), (["--crop", 0.5, 0.2], "--crop"), (["--head", "tall"], "--head tall"),
     (["--init", "resnet.pt"], "resnet.pt"), (["--init", "hostile.pt"], "hostile.pt"), (["--init", "torn.pt"], "torn.pt"),
-    (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume"], "--out"), (["--stem", "odd"], "--stem odd")])
+    (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume"], "--out"), (["--stem", "odd"], "--stem odd"),
+    (["--smooth", 1], "--smooth 1"), (["--local-crops", -1], "--local-crops -1"), (["--local-scale", 0, 1], "--local-scale"), (["--teacher", "torn.pt"], "torn.pt")])
 def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "images", per=10)

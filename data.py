@@ -345,9 +345,9 @@ def decode_all(images, side, device, workers):
     good = torch.zeros(len(images), dtype=torch.uint8)
     mine, progress, start = range(rank, len(images), world), Progress(), time.time()
     with ThreadPool(max(1, workers)) as pool:  # PIL decodes outside of Python's lock
-        for done, (i, crop) in enumerate(zip(mine, pool.imap(lambda i: attempt(images.paths[i], side), mine)), 1):
+        for done, (i, crop) in enumerate(zip(mine, pool.imap(lambda i: attempt(images.paths[i], (side, None, None)), mine)), 1):
             if crop is not None:
-                pixels[i], good[i] = crop[0], 1
+                pixels[i], good[i] = crop[0][0], 1
             progress(lambda: f"decoding {done}/{len(mine)} images, {done / (time.time() - start):.0f} a second")
     pixels, good = pixels.to(device), good.to(device)
     if world > 1:

@@ -1182,3 +1182,61 @@ def test_numbers_that_go_bad_end_the_run(value, message, tmp_path, monkeypatch):
     assert "--lr" in str(error.value) and "\n" not in str(error.value)
     if value is not None:  # the last good checkpoint is still there
         assert torch.load(tmp_path / "run/last.pt")["step"] == 21
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_whatever_people_have_in_folders(stream, tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "photos"
+    make_folder(folder, classes=("holiday 2019/März", ".", "gone"), per=12)
+    rgb = Image.open(folder / "0 é.jpg")
+    (folder / "html.jpg").write_text("<html>"), (folder / "zero.png").touch(), (folder / "link.jpg").symlink_to("nowhere.jpg")
+    (folder / "torn.jpg").write_bytes((folder / "1 é.jpg").read_bytes()[:300])
+    Image.new("1", (30000, 30000)).save(folder / "bomb.png")  # 100 kB that would be 2.7 GB
+    bad = {"html.jpg", "zero.png", "link.jpg", "torn.jpg", "bomb.png"} | {f"{i} not.jpg" for i in range(12)}
+    for i in range(12):  # with these, 30 % of the folder
+        (folder / f"{i} not.jpg").write_bytes(os.urandom(200 + 100 * i))
+    Image.new("RGB", (1, 1), "red").save(folder / "dot.png"), Image.new("RGB", (20000, 10)).save(folder / "strip.png"), rgb.convert("CMYK").save(folder / "print.jpg")
+    rgb.save(folder / "moving.gif", save_all=True, append_images=[rgb.rotate(90)]), Image.fromarray(np.full((30, 40), 40000, np.uint16)).save(folder / "deep.png")
+    (folder / "loop").symlink_to(folder, target_is_directory=True), (tmp_path / "more").mkdir(), rgb.save(tmp_path / "more/linked.png")
+    (folder / "elsewhere").symlink_to(tmp_path / "more", target_is_directory=True)
+    enqueue = pretrain.MoCo.enqueue
+
+    def vanish(self, k, step):
+        enqueue(self, k, step)
+        if step == 3 and stream == "on":
+            [path.unlink(missing_ok=True) for path in (folder / "gone").iterdir()]
+
+    monkeypatch.setattr(pretrain.MoCo, "enqueue", vanish)
+    run("--data", folder, "--stream", stream, "--out", tmp_path / "run", *SMALL, "--epochs", 3)
+    printed = capfd.readouterr().out
+    named = [name for line in printed.splitlines() if line.startswith("skipped") for name in line.split(": ")[1].split(", ")]
+    assert len(named) == len(set(named)) and "unreadable file" in printed
+    counted = sum(int(line.split()[1]) for line in printed.splitlines() if line.startswith("skipped"))
+    assert counted == len(bad) if stream == "off" else len(bad) <= counted <= len(bad) + 12
+    assert f"{42 if stream == 'off' else 59} images at" in printed and len(json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])) > 4
+
+
+def weighed(argv, every=200):
+    """A run that prints its memory in MB, workers included, and its open files every 200 steps, and must not grow."""
+    seen, enqueue = [], pretrain.MoCo.enqueue
+
+    def weigh(self, k, step):
+        enqueue(self, k, step)
+        if step % every == every - 1:
+            children = [Path(f"/proc/self/task/{task}/children").read_text().split() for task in os.listdir("/proc/self/task")]
+            pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in [os.getpid(), *sum(children, [])])
+            seen.append((pages * os.sysconf("SC_PAGE_SIZE") / 2 ** 20, len(os.listdir("/proc/self/fd"))))
+            print(f"step {step + 1}: {seen[-1][0]:.0f} MB, {seen[-1][1]} files", flush=True)
+
+    pretrain.MoCo.enqueue = weigh
+    pretrain.main(argv)
+    half = len(seen) // 2
+    assert max(m for m, _ in seen[half:]) < 1.03 * max(m for m, _ in seen[1:half]) and seen[-1][1] <= seen[1][1] + 2
+
+
+@LONG
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_memory_stays_flat(stream, tmp_path):
+    make_folder(tmp_path / "images", classes=(".",), per=64)
+    argv = [*map(str, SMALL), "--data", str(tmp_path / "images"), "--stream", stream, "--steps", "2000", "--out", str(tmp_path / "run"), "--knn-every", "1000"]
+    subprocess.run([sys.executable, "-c", f"import test_smoke; test_smoke.weighed({argv!r})"], cwd=HERE, check=True)

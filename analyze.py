@@ -153,11 +153,9 @@ def best_nn(train_x, train_y, test_x, test_y, most=101):
 
 def pca(x):
     """The two directions of largest variance of x (N, D): coordinates (N, 2)."""
-    x = x.double() - x.double().mean(0)
-    _, _, v = torch.linalg.svd(x, full_matrices=False) if min(x.shape) < 500 else torch.svd_lowrank(x, 10, 8)[:3]
-    v = v.mT if min(x.shape) < 500 else v
-    v = v[:, :2] * v[:, :2].sum(0).sign()  # a singular vector's sign is arbitrary
-    return (x @ v).float()
+    u, s, _ = torch.pca_lowrank(x.double(), min(10, *x.shape), niter=8)
+    u = u[:, :2] * s[:2]
+    return (u * u.gather(0, u.abs().argmax(0, keepdim=True)).sign()).float()  # a direction's sign is arbitrary
 
 
 def tsne(x, perplexity=30, steps=1000):

@@ -225,10 +225,10 @@ class Stream(torch.utils.data.Dataset):
 
 def scan(folder):
     """The image files under `folder`, sorted, and the first folder below `folder` in which each lies ("" if none)."""
-    found, seen = [], set()
+    found, seen = [], {os.path.realpath(folder)}
     for here, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(here, f)) not in seen)  # links may form a loop
-        seen |= {os.path.realpath(os.path.join(here, f)) for f in ("", *folders)}
+        seen |= {os.path.realpath(os.path.join(here, f)) for f in folders}
         inner = Path(here).relative_to(folder).parts
         found += [(os.path.join(here, f), inner[0] if inner else "") for f in sorted(files)
                   if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")]

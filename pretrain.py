@@ -125,8 +125,8 @@ def parse(argv=None):
     flag("--steps", 0, int, "steps of the whole run instead of --epochs; 0: as many as --epochs says")
     flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/80 of the images, 32 to 256",
          lambda n, a: max(2, min(max(32, power(min(256, n // 80))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
-    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch, twice that in runs "
-         "under 5,000 steps", lambda n, a: (0.06 if total_steps(n, a) < 5_000 else 0.03) * a.batch / 256)
+    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch, 0.04 in runs under 5,000 steps",
+         lambda n, a: (0.04 if total_steps(n, a) < 5_000 else 0.03) * a.batch / 256)
     flag("--wd", 1e-4, float, "weight decay (MoCo); SGD's momentum is 0.9")
     flag("--warmup", 0, float, "epochs of linear warm-up (MoCo: none)")
     flag("--schedule", "cosine", str, "of the learning rate (MoCo v2: cosine)", choices=["cosine", "constant"])

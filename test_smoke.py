@@ -458,7 +458,7 @@ def techniques(tmp_path, monkeypatch, *flags, steps=1):
     monkeypatch.setattr(pretrain, "info_nce", record)
     if not (tmp_path / "flat").is_dir():
         make_folder(tmp_path / "flat", classes=(".",), per=40)
-    moco = run("--data", tmp_path / "flat", "--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}", *SMALL, "--arch", "plain", "--head", "linear", "--steps", steps, "--lr", 0.1, *flags)
+    moco = run("--data", tmp_path / "flat", "--out", tmp_path / f"run{len(list(tmp_path.iterdir()))}", *SMALL, "--queue", 24, "--arch", "plain", "--head", "linear", "--steps", steps, "--lr", 0.1, *flags)
     monkeypatch.setattr(pretrain, "info_nce", formula)
     return moco, calls
 
@@ -511,7 +511,7 @@ def test_a_teacher_starts_the_run(tmp_path, monkeypatch, capsys):
 
 def test_recipes_are_flags(capsys):
     for name, flags in pretrain.RECIPES.items():
-        args = pretrain.parse(["--recipe", name, "--temp", "0.3"])
+        args = pretrain.parse(["--recipe", name, "--temp", "0.3", "--size", "32"])
         assert all(getattr(args, key) == (0.3 if key == "temp" else value) for key, value in flags.items())
         pretrain.resolve(args, 1000)
         assert name == "moco-v2" or f"--recipe {name}: --" in capsys.readouterr().out
@@ -1187,7 +1187,7 @@ def test_numbers_that_go_bad_end_the_run(value, message, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stream", ["off", "on"])
 def test_whatever_people_have_in_folders(stream, tmp_path, monkeypatch, capfd):
     folder = tmp_path / "photos"
-    make_folder(folder, classes=("holiday 2019/März", ".", "gone"), per=12)
+    make_folder(folder, classes=(".", "holiday 2019/März", "gone"), per=12)
     rgb = Image.open(folder / "0 é.jpg")
     (folder / "html.jpg").write_text("<html>"), (folder / "zero.png").touch(), (folder / "link.jpg").symlink_to("nowhere.jpg")
     (folder / "torn.jpg").write_bytes((folder / "1 é.jpg").read_bytes()[:300])

@@ -28,15 +28,22 @@ class InputError(ValueError):
 class Conv2d(nn.Conv2d):
     """nn.Conv2d with an odd kernel and `padding` half of it, either dense or one kernel a channel.
 
-    A map of 1x1, which small images end in, meets only the middle of the kernel: that is a matrix product, or a factor
-    for each channel, and costs half of what the CPU's convolution takes for it (a ninth under a dense 3x3).
+    The last maps of small images are 1x1 and 2x2, where most of a 3x3 kernel meets padding alone. There a convolution is a
+    matrix product over the whole map with the taps that do meet it (or, one kernel a channel on 1x1, a factor), which
+    costs the CPU between three quarters and an eighth of its own convolution's time, forward and backward.
     """
 
     def forward(self, x):
-        if x.shape[2:] != (1, 1):
+        (h, w), k, s = x.shape[2:], self.kernel_size[0], self.stride[0]
+        if x.device.type != "cpu" or not (h == w == 1 or h == w == 2 and k == 3 and self.groups == 1):
             return super().forward(x)
-        middle = self.weight[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2]
-        return F.linear(x.flatten(1), middle, self.bias)[..., None, None] if self.groups == 1 else x * middle[..., None]
+        p, outputs = k // 2, [(i, j) for i in range(0, h, s) for j in range(0, w, s)]
+        if self.groups > 1:
+            return x * self.weight[:, 0, p, p, None, None]
+        taps = torch.stack([self.weight[:, :, p - i:p - i + h, p - j:p - j + w] for i, j in outputs])  # (outputs, C', C, h, w)
+        y = F.linear(x.permute(0, 2, 3, 1).flatten(1), taps.permute(0, 1, 3, 4, 2).flatten(2).flatten(0, 1),
+                     None if self.bias is None else self.bias.repeat(len(outputs)))
+        return y.view(len(x), -(-h // s), -(-w // s), -1).permute(0, 3, 1, 2)  # channels_last
 
 
 def conv_bn(cin, cout, kernel=3, stride=1, groups=1, act=nn.ReLU, eps=1e-5):

@@ -548,7 +548,7 @@ def main(argv=None):
     # The loop.
     views = batches(train, args, range(first, steps), device, rank, world)
     progress, epoch_start, epoch_first, saved = data.Progress(), time.time(), first, time.time()
-    stop = catch_signals()
+    stop, release_signals = catch_signals()
     moco.train()
     for step, batch in enumerate(ahead(views) if device.type == "cuda" else views, first):
         done = step % epoch_steps + 1  # steps of this epoch
@@ -593,9 +593,11 @@ def main(argv=None):
             history.zero_()
             epoch_start, epoch_first = time.time(), step + 1
         if due == 2 and step + 1 < steps:
+            release_signals()
             say(f"\nstopped and saved at step {step + 1} of {steps}; go on with: python pretrain.py --out {out} --resume")
             sys.exit(128 + (stop or [signal.SIGTERM])[0])
 
+    release_signals()
     moco.eval()
     report(moco.encoder_q.backbone, untrained.to(device).eval(), train, test, args, device, out)
     if world > 1:
@@ -604,11 +606,10 @@ def main(argv=None):
 
 
 def catch_signals():
-    """A list that SIGTERM and Ctrl-C are noted in, so that the loop can end between two steps."""
+    """A list that SIGTERM and Ctrl-C are noted in, so that the loop can end between two steps; and what undoes that."""
     caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
-    return caught
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    return caught, lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
 
 def agree(wish):

@@ -42,7 +42,7 @@ def flags(parser):
     parser.add_argument("--stem", choices=["imagenet", "small"], help="[the checkpoint's; small up to 64 pixels, but not for fractals]")
     parser.add_argument("--stream", default="auto", choices=["auto", "on", "off"], help="read files as they are needed, or all at once [auto: by free memory]")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="decoding threads or processes [the cores, at most 16]")
-    parser.add_argument("--memory", type=float, help="GB of features to hold in memory; more go to a temporary file [half of what is free]")
+    parser.add_argument("--memory", type=float, help="GB of features to hold in memory; more go to a temporary file [a third of what is free]")
     parser.add_argument("--out", help="folder of the results [beside the checkpoint]")
     parser.add_argument("--seed", type=int, default=0, help="of random weights, subsets and crops [0]")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu [the first there is]")
@@ -80,7 +80,7 @@ def allocate(n, d, device, memory=None):
     1.3 million features of 1280 numbers are 6.7 GB in memory, or 3.3 GB in the file. (float16 would round the features of
     a random MobileNetV3, near 1e-10, to zero.)
     """
-    limit = data.free_memory(device) / 2 if memory is None else memory * 1e9
+    limit = data.free_memory(device) / 3 if memory is None else memory * 1e9
     if 4 * n * d <= limit:
         return torch.empty(n, d, device=device)
     with tempfile.NamedTemporaryFile(prefix="features-") as file:  # unlinked at once, the map keeps it
@@ -222,7 +222,8 @@ def logistic(features, y, classes, penalties, use=None, start=None, steps=100):
     """
     penalty = torch.tensor(penalties, device=y.device)[:, None]
     n, G = len(y) if use is None else int(use.sum()), len(penalties)
-    eigenvalue, Q = torch.linalg.eigh(sum(a.T @ a for a, _ in features.blocks(use=use)) / n)
+    once = [*features.blocks(use=use)] if features.x.dtype == torch.float32 else None  # what fits into memory is standardized once
+    eigenvalue, Q = torch.linalg.eigh(sum(a.T @ a for a, _ in once or features.blocks(use=use)) / n)
     kept = eigenvalue > 1e-7 * eigenvalue[-1]  # the penalty keeps W in the span of the features
     Q, scale = Q[:, kept], (eigenvalue[kept, None, None] / 2 + penalty).rsqrt()
     U = torch.zeros(Q.shape[1], G, classes, device=y.device) if start is None else torch.einsum("dr,gdc->rgc", Q, start) / scale
@@ -232,7 +233,7 @@ def logistic(features, y, classes, penalties, use=None, start=None, steps=100):
         nonlocal calls
         V = scale * U
         flat, loss, gradient = Q @ V.flatten(1), (penalty / 2 * V.square()).sum(), 0
-        for a, rows in features.blocks(use=use):
+        for a, rows in once or features.blocks(use=use):
             log_p = (a @ flat).view(len(a), G, classes).log_softmax(2)
             label = y[rows, None, None].expand(-1, G, 1)
             loss -= log_p.gather(2, label).sum() / n
@@ -264,7 +265,7 @@ def fast_probe(x, y, classes, device):
         W = W[best:best + 1]
         say(f"picked penalty {PENALTIES[best]:g}: held-out training images right by penalty, "
             + ", ".join(f"{p:g}: {100 * r / int(held.sum()):.1f} %" for p, r in zip(PENALTIES, right)))
-    W = logistic(features, y, classes, PENALTIES[best:best + 1], start=W, steps=300)[0]
+    W = logistic(features, y, classes, PENALTIES[best:best + 1], start=W)[0]
     weight = (W[:-1] / features.std[:, None]).T.contiguous()  # for features as they are, not standardized
     return weight, W[-1] - weight @ features.mean
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1240,3 +1241,21 @@ def test_memory_stays_flat(stream, tmp_path):
     make_folder(tmp_path / "images", classes=(".",), per=64)
     argv = [*map(str, SMALL), "--data", str(tmp_path / "images"), "--stream", stream, "--steps", "2000", "--out", str(tmp_path / "run"), "--knn-every", "1000"]
     subprocess.run([sys.executable, "-c", f"import test_smoke; test_smoke.weighed({argv!r})"], cwd=HERE, check=True)
+
+
+@LONG
+def test_torchrun_restarts_a_run_whose_worker_is_killed(tmp_path):
+    make_folder(tmp_path / "images/train", per=14), make_folder(tmp_path / "images/test", per=2)
+    common = [*map(str, SMALL), "--data", str(tmp_path / "images"), "--steps", "150", "--save-every", "0.001", "--resume"]
+    for name in ("whole", "killed"):
+        job = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3",
+                                "pretrain.py", *common, "--out", str(tmp_path / name)], cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while name == "killed" and not (tmp_path / name / "previous.pt").exists():
+            time.sleep(0.05)
+        if name == "killed":
+            workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            os.kill(int(workers[-1]), signal.SIGKILL)
+            assert torch.load(tmp_path / name / "previous.pt")["step"] < 150
+        assert job.wait(300) == 0
+    (a, log_a, _), (b, log_b, _) = content(tmp_path / "whole"), content(tmp_path / "killed")
+    assert log_a == log_b and all(torch.equal(a[k], b[k]) for k in a if not ("running" in k and "encoder_k" in k))

@@ -412,9 +412,9 @@ def verdict(name, results):
     return "; ".join(words) + "."
 
 
-def table(results):
-    """Markdown: a row a metric, a column a checkpoint; train / held-out where both are measured."""
-    lines = ["| | " + " | ".join(results) + " |", "|---|" + "---:|" * len(results)]
+def table(results, names):
+    """Markdown: a row a metric, a column a checkpoint, headed by `names`; train / held-out where both are measured."""
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(results)]
     for key, (text, better) in ROWS.items():
         cells = [[f"{part[key]:.3f}" if abs(part[key]) < 10 and "%" not in text else f"{part[key]:.1f}"
                   for part in (r["train"], r.get("held-out", {})) if key in part] for r in results.values()]
@@ -484,14 +484,14 @@ def main(argv=None):
     if rank_world()[0] == 0:
         for name in results:
             results[name]["verdict"] = verdict(name, results)
-        print("\n" + table(results) + f"\n\ntrain / held-out, {args.per_class if train.classes else 10 * args.per_class} images"
+        short = {name: Path(name).name if len({Path(n).name for n in names}) == len(names) else name for name in names}
+        print("\n" + table(results, short.values()) + f"\n\ntrain / held-out, {args.per_class if train.classes else 10 * args.per_class} images"
               + (" of each class" if train.classes else "") + "; best-NN, linear accuracy and clusters: whole splits\n")
         for name in results:
             print(f"- {name} {results[name]['verdict']}")
         out = Path(args.out) if args.out else Path(names[0]) / "analysis" if Path(names[0]).is_dir() else Path("runs") / "analysis"
         out.mkdir(parents=True, exist_ok=True)
         (out / "analysis.json").write_text(json.dumps(results, indent=1))
-        short = {name: Path(name).name if len({Path(n).name for n in names}) == len(names) else name for name in names}
         seen = {short[name]: s for name, s in seen.items()}
         draw_space(seen, train.classes, out / "space.png")
         draw_similarity(seen, out / "similarity.png")

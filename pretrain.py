@@ -121,7 +121,7 @@ def parse(argv=None):
     flag("--hide", False, bool, "hide-and-seek: hide cells of a grid with the mean (Singh & Lee 2017, Shi 2022)")
 
     group = parser.add_argument_group("optimization")
-    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 16", lambda n, a: 16 if a.data == "fractals" else 200)
+    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 14", lambda n, a: 14 if a.data == "fractals" else 200)
     flag("--steps", 0, int, "steps of the whole run instead of --epochs; 0: as many as --epochs says")
     flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/80 of the images, 32 to 256",
          lambda n, a: max(2, min(max(32, power(min(256, n // 80))), power(n // 4)) // rank_world()[1] * rank_world()[1]))

@@ -357,9 +357,10 @@ def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
         crop, local = (None, None) if streamed else (args.crop, args.local_scale)
         v_q, v_k = [], []
         for query, key in ((0, 1), (1, 0)) if args.symmetric else ((0, 1),):
-            x_k = data.gather(own[key].contiguous())[put(shuffled)] if streamed else other
+            if streamed:
+                other = (data.gather(own[key].contiguous()) if world > 1 else own[key])[put(shuffled)]
             v_q.append(data.augment(own[query], put(u[query, mine]), args.size, crop, **settings))
-            v_k.append(data.augment(x_k, put(u[key, shuffled]), args.size, crop, **settings))
+            v_k.append(data.augment(other, put(u[key, shuffled]), args.size, crop, **settings))
         v_l = [data.augment(own_local[i], put(u[2 + i, mine]), args.local_size, local, **settings) for i in range(args.local_crops)]
         mark("views")
         yield torch.cat(v_q), torch.cat(v_k), put(perm), torch.cat(v_l) if v_l else None

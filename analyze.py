@@ -276,14 +276,14 @@ def draw_space(seen, classes, path):
         for row, method in enumerate((tsne, pca)):
             p = method(F.normalize(s["o"][some], dim=1)).tolist()
             axis = ("t-SNE", "PCA")[row]
-            panel = Panel(picture, boxes[row * len(seen) + column], *map(span, zip(*[[[v[0]], [v[1]]] for v in p])), f"{name}{few}", f"{axis} 1", f"{axis} 2")
+            panel = Panel(picture, boxes[row * len(seen) + column], *(span([v]) for v in zip(*p)), f"{name}{few}", f"{axis} 1", f"{axis} 2")
             for (u, v), label in zip(p, y[some].tolist()):
                 panel.mark(u, v, max(0, label))
             if column == len(seen) - 1 and classes:
                 panel.legend(classes[:shown])
         p = tsne(F.normalize(torch.cat([s[v][one] for v in "oab"]), dim=1)).tolist()
         what = classes[y[0]] if classes else "50 images"
-        panel = Panel(picture, boxes[2 * len(seen) + column], *map(span, zip(*[[[v[0]], [v[1]]] for v in p])), f"{what}: originals and two views each", "t-SNE 1", "t-SNE 2")
+        panel = Panel(picture, boxes[2 * len(seen) + column], *(span([v]) for v in zip(*p)), f"{what}: originals and two views each", "t-SNE 1", "t-SNE 2")
         for i in range(len(one)):
             for j in (i + len(one), i + 2 * len(one)):
                 panel.line(*zip(p[i], p[j]), "#AAAAAA", 1)

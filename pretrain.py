@@ -760,8 +760,7 @@ def profile(args, train, device, moco, encoder_q, step_once, autocast):
         return time.perf_counter() - start
 
     moco.train()
-    work = [(timed(args.profile, False), bare(args.profile)) for _ in range(3)]  # in turn, for a machine whose speed drifts
-    step, network = sorted(work)[1]
+    step, network = map(min, zip(*((timed(args.profile, False), bare(args.profile)) for _ in range(3))))  # a shared machine's speed drifts
     timed(args.profile, True)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024)

@@ -108,8 +108,8 @@ def parse(argv=None):
          lambda n, a: a.momentum)
     flag("--teacher", None, str, "distill this checkpoint (SEED, Fang 2021) for --teacher-epochs, then contrast; its embedding has to have --dim numbers")
     flag("--teacher-arch", None, str, "its network, where the file fits several")
-    flag("--teacher-epochs", None, int, "auto: a tenth of the run, the paper's initialization; as many as --epochs: distillation alone",
-         lambda n, a: max(1, total_steps(n, a) // max(1, n // max(1, a.batch)) // 10))
+    flag("--teacher-epochs", None, float, "auto: a tenth of the run, the paper's initialization; as many as --epochs: distillation alone",
+         lambda n, a: total_steps(n, a) / max(1, n // max(1, a.batch)) / 10)
     flag("--teacher-temp", 0.01, float, "temperature of the teacher's softmax (SEED)")
 
     group = parser.add_argument_group("augmentation (defaults: MoCo v2)")
@@ -433,7 +433,7 @@ def main(argv=None):
             width = teacher(torch.zeros(1, 3, args.size, args.size, device=device)).shape[1]
         if width != args.dim:
             raise InputError(f"--teacher {args.teacher}: embeds in {width} dimensions; give --dim {width}")
-        distilled = min(steps, args.teacher_epochs * epoch_steps)
+        distilled = min(steps, round(args.teacher_epochs * epoch_steps))
     moco = MoCo(Encoder(backbone, models.make_head(args.head, backbone.dim, args.dim)), args.dim, args.queue, args.momentum)
     moco.to(device, memory_format=torch.channels_last)
     if device.type == "cuda":

@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 from data import InputError, rank_world, say
-from linear_eval import check_labels, extract, fast_probe, flags, labelled_subset, measure, neighbours, network, pixels_of, read_checkpoint
+from linear_eval import (check_labels, extract, fast_probe, flags, labelled_subset, measure, neighbours, network, pixels_of,
+                         read_checkpoint)
 
 # ------------------------------------------------------------------------------------------------------ the metrics
 # Each a function of tensors alone. Features are (N, D) and are normalized here; labels (N,) are int64.
@@ -136,7 +137,8 @@ def best_nn(train_x, train_y, test_x, test_y, most=101):
     (`shifted`). Equal votes go to the class with the lower number, as scikit-learn's do.
     """
     mean, found = train_x.float().mean(0), {}
-    spaces = {"raw": lambda x: x.float(), "normalized": lambda x: F.normalize(x.float(), dim=1), "shifted": lambda x: F.normalize(x.float() - mean, dim=1)}
+    spaces = {"raw": lambda x: x.float(), "normalized": lambda x: F.normalize(x.float(), dim=1),
+              "shifted": lambda x: F.normalize(x.float() - mean, dim=1)}
     for name, space in spaces.items():
         near = train_y[neighbours(space(train_x), space(test_x), min(most, len(train_x)))[1]]
         votes, scores = torch.zeros(len(near), int(train_y.max()) + 1, device=near.device), {}
@@ -217,7 +219,8 @@ class Panel:
             for i in range(math.ceil(low / tick), math.floor(high / tick) + 1):
                 x, y = self.at(i * tick, y0) if horizontal else self.at(x0, i * tick)
                 self.draw.line((x, top, x, bottom) if horizontal else (left, y, right, y), "#E8E8E8", S)
-                self.draw.text((x, y + S * 4) if horizontal else (x - S * 5, y), f"{i * tick:.6g}", "#444444", small, anchor="ma" if horizontal else "rm")
+                at, anchor = ((x, y + S * 4), "ma") if horizontal else ((x - S * 5, y), "rm")
+                self.draw.text(at, f"{i * tick:.6g}", "#444444", small, anchor=anchor)
         self.draw.rectangle((left, top, right, bottom), outline="#888888", width=S)
         self.draw.text(((left + right) / 2, bottom + S * 20), x_name, "black", self.font, anchor="ma")
         name = Image.new("RGB", (bottom - top, S * 16), "white")
@@ -240,7 +243,8 @@ class Panel:
         widest = max(self.draw.textlength(name, self.font) for name in names)
         x = {"right": self.right - widest - S * 12, "left": self.left + S * 38}.get(corner, self.right + S * 26)
         if corner:
-            self.draw.rectangle((x - S * 30, self.top + S * 4, x + widest + S * 6, self.top + S * (10 + 18 * len(names))), "white")
+            bottom = self.top + S * (10 + 18 * len(names))
+            self.draw.rectangle((x - S * 30, self.top + S * 4, x + widest + S * 6, bottom), "white")
         for i, name in enumerate(names):
             y = self.top + S * (16 + 18 * i)
             self.draw.text((x, y), name, "black", self.font, anchor="lm")
@@ -276,14 +280,16 @@ def draw_space(seen, classes, path):
         for row, method in enumerate((tsne, pca)):
             p = method(F.normalize(s["o"][some], dim=1)).tolist()
             axis = ("t-SNE", "PCA")[row]
-            panel = Panel(picture, boxes[row * len(seen) + column], *(span([v]) for v in zip(*p)), f"{name}{few}", f"{axis} 1", f"{axis} 2")
+            panel = Panel(picture, boxes[row * len(seen) + column], *(span([v]) for v in zip(*p)), f"{name}{few}",
+                          f"{axis} 1", f"{axis} 2")
             for (u, v), label in zip(p, y[some].tolist()):
                 panel.mark(u, v, max(0, label))
             if column == len(seen) - 1 and classes:
                 panel.legend(classes[:shown])
         p = tsne(F.normalize(torch.cat([s[v][one] for v in "oab"]), dim=1)).tolist()
         what = classes[y[0]] if classes else "50 images"
-        panel = Panel(picture, boxes[2 * len(seen) + column], *(span([v]) for v in zip(*p)), f"{what}: originals and two views each", "t-SNE 1", "t-SNE 2")
+        panel = Panel(picture, boxes[2 * len(seen) + column], *(span([v]) for v in zip(*p)),
+                      f"{what}: originals and two views each", "t-SNE 1", "t-SNE 2")
         for i in range(len(one)):
             for j in (i + len(one), i + 2 * len(one)):
                 panel.line(*zip(p[i], p[j]), "#AAAAAA", 1)
@@ -306,7 +312,8 @@ def draw_similarity(seen, path):
         low = max(-1, min(v.min().item() for v in kinds.values() if len(v)) - 0.02)
         counts = {kind: torch.histc(v, 40, low, 1) / max(1, len(v)) * 40 / (1 - low) for kind, v in kinds.items()}
         middle = [low + (i + 0.5) * (1 - low) / 40 for i in range(40)]
-        panel = Panel(picture, box, (low, 1), (0, max(c.max().item() for c in counts.values())), name, "cosine similarity", "density")
+        panel = Panel(picture, box, (low, 1), (0, max(c.max().item() for c in counts.values())), name,
+                      "cosine similarity", "density")
         for color, c in zip(COLORS, counts.values()):
             panel.line(middle, c.tolist(), color)
         panel.legend(list(counts), "left")
@@ -321,12 +328,14 @@ def draw_neighbours(seen, train, held, path, cell=64):
     draw = ImageDraw.Draw(picture)
     for column, (name, s) in enumerate(seen.items()):
         draw.text((S * (10 + column * block), S * 14), name, "black", ImageFont.load_default(S * 14), anchor="lm")
-        draw.text((S * (10 + column * block), S * 31), "query, then its nearest in training" + (" (framed: another class)" if train.classes else ""), "#444444", ImageFont.load_default(S * 11), anchor="lm")
+        draw.text((S * (10 + column * block), S * 31), "query, then its nearest in training"
+                  + " (framed: another class)" * bool(train.classes), "#444444", ImageFont.load_default(S * 11), anchor="lm")
         for r, (query, rows) in enumerate(zip(s["query"].tolist(), s["near"])):
             images = [held.squares(torch.tensor([query]), 64), train.squares(rows, 64)]
             for c, image in enumerate(i for group in images for i in group):
                 x, y = S * (10 + column * block + c * (cell + 3) + 10 * (c > 0)), S * (42 + r * (cell + 6))
-                picture.paste(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((S * cell, S * cell), Image.LANCZOS), (x, y))
+                image = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((S * cell, S * cell), Image.LANCZOS)
+                picture.paste(image, (x, y))
                 if c and train.classes and train.labels[rows[c - 1]] != held.labels[query]:
                     draw.rectangle((x, y, x + S * cell - 1, y + S * cell - 1), outline="#D55E00", width=S * 3)
     finish(picture, path)
@@ -367,10 +376,12 @@ ROWS = {  # name in analysis.json -> (row of the table, which way is better)
 def instance_metrics(o, a, b, y):
     """The metrics of one sample of images: features of originals and two views (N, D), labels (N,), -1 where unknown."""
     oa, ab = instance_discrimination(o, a, o), instance_discrimination(b, a, a)
-    found = dict(oa=oa[0], ab=ab[0], ab5=ab[4], alignment_oa=alignment(o, a), alignment_ab=alignment(a, b), uniformity=uniformity(o), rank=effective_rank(o))
+    found = dict(oa=oa[0], ab=ab[0], ab5=ab[4], alignment_oa=alignment(o, a), alignment_ab=alignment(a, b),
+                 uniformity=uniformity(o), rank=effective_rank(o))
     if y.max() >= 0:
         within, between = class_distances(o, y)
-        found |= dict(intra=within, intra_views=class_distances(a, y)[0], ratio=within / between.clamp(min=1e-30), purity=purity(o, y))
+        found |= dict(intra=within, intra_views=class_distances(a, y)[0], ratio=within / between.clamp(min=1e-30),
+                      purity=purity(o, y))
     return {name: v.item() for name, v in found.items()} | dict(oa_top=oa.tolist(), ab_top=ab.tolist())
 
 
@@ -389,7 +400,8 @@ def verdict(name, results):
     if name == "pixels":
         return "the images themselves: what a feature has to beat."
     ab, words = seen["ab"], []
-    words.append(("solves" if ab >= 80 else "half solves" if ab >= 50 else "does not solve") + f" the pretext task ({ab:.0f} % of {n} images find their view first)")
+    words.append(("solves" if ab >= 80 else "half solves" if ab >= 50 else "does not solve")
+                 + f" the pretext task ({ab:.0f} % of {n} images find their view first)")
     if "held-out" in r:
         gap, error = r["train"]["ab"] - ab, 100 * math.sqrt(2 * max(ab * (100 - ab), 1) / 1e4 / n)
         words.append(f"{'overfits it' if gap > max(5, 2 * error) else 'does not overfit it'} (train - held-out {gap:+.1f} points)")
@@ -401,10 +413,12 @@ def verdict(name, results):
         if other in (name, "pixels") or "ratio" not in t:
             continue
         less = [t[k] - seen[k] for k in ("nn_normalized", "linear")]
-        if ab >= t["ab"] - 5 and (seen["intra"] < t["intra"] or seen["uniformity"] > t["uniformity"]) and max(less) >= 2 and min(less) >= 0:
+        tighter = seen["intra"] < t["intra"] or seen["uniformity"] > t["uniformity"]
+        if ab >= t["ab"] - 5 and tighter and max(less) >= 2 and min(less) >= 0:
             beaten.append(f"{other} (best-NN {less[0]:+.1f}, linear {less[1]:+.1f} points there)")
     if beaten:
-        words.append(f"over-clusters beside {', '.join(beaten)}: as good at the pretext task, tighter or less spread, and worse for the classes")
+        words.append(f"over-clusters beside {', '.join(beaten)}: as good at the pretext task, tighter or less spread, and "
+                     "worse for the classes")
     elif ab >= 50 and seen["ratio"] > 0.8:
         words.append(f"over-clusters: images of a class lie {100 * seen['ratio']:.0f} % as far apart as those of different classes")
     else:
@@ -419,7 +433,8 @@ def table(results, names):
         cells = [[f"{part[key]:.3f}" if abs(part[key]) < 10 and "%" not in text else f"{part[key]:.1f}"
                   for part in (r["train"], r.get("held-out", {})) if key in part] for r in results.values()]
         if any(cells):
-            lines.append(f"| {text} ({'higher' if better == '+' else 'lower'} is better) | " + " | ".join(" / ".join(c) for c in cells) + " |")
+            lines.append(f"| {text} ({'higher' if better == '+' else 'lower'} is better) | "
+                         + " | ".join(" / ".join(c) for c in cells) + " |")
     return "\n".join(lines)
 
 
@@ -460,9 +475,11 @@ def look(net, train, held, size, args, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="+", help="runs' folders, checkpoint files, random or pixels; what a word needs to know is the first file's")
+    parser.add_argument("checkpoint", nargs="+",
+                        help="runs' folders, checkpoint files, random or pixels; what a word needs to know is the first file's")
     flags(parser)
-    parser.add_argument("--per-class", type=int, default=50, help="images of each class in the sample for all but best-NN, linear and clusters [50]")
+    parser.add_argument("--per-class", type=int, default=50,
+                        help="images of each class in the sample for all but best-NN, linear and clusters [50]")
     args = parser.parse_args(argv)
     if args.per_class < 2:
         raise InputError(f"--per-class {args.per_class}: must be at least 2")
@@ -474,7 +491,8 @@ def main(argv=None):
     for name, (state, known) in checkpoints.items():
         known |= {key: first[key] for key in (("data", "root") if state else ("data", "root", "arch", "size", "stem"))}
         if loaded is None or known["size"] not in (None, loaded):
-            train, held, loaded = data.load(known["data"], known["root"], known["size"], args.seed, device, args.stream, args.workers)
+            train, held, loaded = data.load(known["data"], known["root"], known["size"], args.seed, device, args.stream,
+                                            args.workers)
             if train.classes:
                 check_labels(train, held, known["data"])
         known["size"] = size = loaded
@@ -498,8 +516,10 @@ def main(argv=None):
         draw_neighbours(seen, train, train if held is None else held, out / "neighbours.png")
         logs = {short[n]: p / "log.jsonl" for n in names for p in (Path(n), Path(n).parent) if (p / "log.jsonl").is_file()}
         if logs:
-            draw_curves({name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}, out / "curves.png")
-        print(f"\nIn {out}: analysis.json, space.png, similarity.png, neighbours.png{', curves.png' * bool(logs)}; {time.time() - began:.0f} s")
+            logs = {name: [json.loads(line) for line in path.read_text().splitlines()] for name, path in logs.items()}
+            draw_curves(logs, out / "curves.png")
+        print(f"\nIn {out}: analysis.json, space.png, similarity.png, neighbours.png{', curves.png' * bool(logs)}; "
+              f"{time.time() - began:.0f} s")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return results

@@ -35,14 +35,18 @@ from data import InputError, rank_world, say
 
 def flags(parser):
     """The flags that say what is evaluated, for this file and analyze.py."""
-    parser.add_argument("--data", help="fractals, cifar10, cifar100, stl10, caltech101 or a folder [what the checkpoint was trained on]")
+    parser.add_argument("--data", help="fractals, cifar10, cifar100, stl10, caltech101 or a folder [what the checkpoint was "
+                        "trained on]")
     parser.add_argument("--root", default="data", help="where torchvision's data sets are, or are downloaded to [data]")
     parser.add_argument("--size", type=int, help="side of an image in pixels [the checkpoint's]")
     parser.add_argument("--arch", help=f"where the checkpoint does not tell: {', '.join(models.ARCHS)}")
     parser.add_argument("--stem", choices=["imagenet", "small"], help="[the checkpoint's; small up to 64 pixels, but not for fractals]")
-    parser.add_argument("--stream", default="auto", choices=["auto", "on", "off"], help="read files as they are needed, or all at once [auto: by free memory]")
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="decoding threads or processes [the cores, at most 16]")
-    parser.add_argument("--memory", type=float, help="GB of features to hold in memory; more go to a temporary file [a third of what is free]")
+    parser.add_argument("--stream", default="auto", choices=["auto", "on", "off"],
+                        help="read files as they are needed, or all at once [auto: by free memory]")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
+                        help="decoding threads or processes [the cores, at most 16]")
+    parser.add_argument("--memory", type=float,
+                        help="GB of features to hold in memory; more go to a temporary file [a third of what is free]")
     parser.add_argument("--out", help="folder of the results [beside the checkpoint]")
     parser.add_argument("--seed", type=int, default=0, help="of random weights, subsets and crops [0]")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu [the first there is]")
@@ -84,7 +88,8 @@ def allocate(n, d, device, memory=None):
     if 4 * n * d <= limit:
         return torch.empty(n, d, device=device)
     with tempfile.NamedTemporaryFile(prefix="features-") as file:  # unlinked at once, the map keeps it
-        say(f"{4e-9 * n * d:.2f} GB of features, --memory {limit / 1e9:.2f}: kept in half precision in a file in {tempfile.gettempdir()}")
+        say(f"{4e-9 * n * d:.2f} GB of features, --memory {limit / 1e9:.2f}: kept in half precision in a file in "
+            + tempfile.gettempdir())
         return torch.from_file(file.name, shared=True, size=n * d, dtype=torch.bfloat16).view(n, d)
 
 
@@ -110,8 +115,8 @@ def extract(net, images, size, device, rows=None, workers=2, memory=None, u=None
     for i, block in enumerate(mine):
         pixels = next(crops)[0][:, 0] if crops else images.pixels[block.to(images.pixels.device)]
         v = draws[i]
-        x_in = data.center(pixels, size) if v is None else data.augment(pixels, v.to(device), size, None if crops else crop, **augmentation)
-        z = net(x_in).float()
+        z = net(data.center(pixels, size) if v is None else
+                data.augment(pixels, v.to(device), size, None if crops else crop, **augmentation)).float()
         fine = torch.tensor([row not in images.bad for row in block.tolist()], device=device)
         z = torch.cat([z, fine[:, None]], 1)
         z = data.gather(F.pad(z, (0, 0, 0, 256 - len(z))))[:len(rows) - 256 * world * i]
@@ -222,11 +227,12 @@ def logistic(features, y, classes, penalties, use=None, start=None, steps=100):
     """
     penalty = torch.tensor(penalties, device=y.device)[:, None]
     n, G = len(y) if use is None else int(use.sum()), len(penalties)
-    once = [*features.blocks(use=use)] if features.x.dtype == torch.float32 else None  # what fits into memory is standardized once
+    once = [*features.blocks(use=use)] if features.x.dtype == torch.float32 else None  # if they fit into memory
     eigenvalue, Q = torch.linalg.eigh(sum(a.T @ a for a, _ in once or features.blocks(use=use)) / n)
     kept = eigenvalue > 1e-7 * eigenvalue[-1]  # the penalty keeps W in the span of the features
     Q, scale = Q[:, kept], (eigenvalue[kept, None, None] / 2 + penalty).rsqrt()
-    U = torch.zeros(Q.shape[1], G, classes, device=y.device) if start is None else torch.einsum("dr,gdc->rgc", Q, start) / scale
+    U = torch.zeros(Q.shape[1], G, classes, device=y.device)
+    U = U if start is None else torch.einsum("dr,gdc->rgc", Q, start) / scale
     progress, began, calls = data.Progress(), time.time(), 0
 
     def objective():
@@ -310,7 +316,8 @@ def train(net, head, images, rows, args, size, crop, device, frozen):
                 torch.distributed.all_reduce(p.grad)
                 p.grad /= world
         optimizer.step()
-        progress(lambda: f"epoch {step // epoch_steps + 1}/{args.epochs}  loss {loss.item():.3f}  {int((time.time() - start) * (steps / (step + 1) - 1))} s left")
+        progress(lambda: f"epoch {step // epoch_steps + 1}/{args.epochs}  loss {loss.item():.3f}  "
+                         f"{int((time.time() - start) * (steps / (step + 1) - 1))} s left")
     if world > 1 and not frozen:
         for buffer in [*net.buffers(), *head.buffers()]:  # the first process's BatchNorm statistics
             torch.distributed.broadcast(buffer, 0)
@@ -347,7 +354,8 @@ def draw_confusion(table, names, path):
     share = (table / table.sum(1, keepdim=True).clamp(min=1)).numpy()[..., None]
     colors = np.array([255, 255, 255]) * (1 - share ** 0.6) + np.array([8, 48, 107]) * share ** 0.6  # 1 % is to be seen
     picture = Image.new("RGB", (margin + c * cell + 10, margin + c * cell + 10), "white")
-    picture.paste(Image.fromarray(colors.round().astype(np.uint8)).resize((c * cell, c * cell), Image.NEAREST), (margin, margin))
+    cells = Image.fromarray(colors.round().astype(np.uint8)).resize((c * cell, c * cell), Image.NEAREST)
+    picture.paste(cells, (margin, margin))
     for anchor, x, turn in (("rm", margin - 6, None), ("lm", 6, Image.ROTATE_90)):  # classes to the left, answers above
         strip = Image.new("RGB", (margin, c * cell), "white")
         for i, name in enumerate(names):
@@ -357,8 +365,8 @@ def draw_confusion(table, names, path):
     if cell >= 24:
         for i in range(c):
             for j in range(c):
-                ImageDraw.Draw(picture).text((margin + (j + 0.5) * cell, margin + (i + 0.5) * cell), f"{100 * share[i, j, 0]:.0f}",
-                                             "white" if share[i, j, 0] > 0.4 else "black", font, anchor="mm")
+                at, color = (margin + (j + 0.5) * cell, margin + (i + 0.5) * cell), "white" if share[i, j, 0] > 0.4 else "black"
+                ImageDraw.Draw(picture).text(at, f"{100 * share[i, j, 0]:.0f}", color, font, anchor="mm")
     ImageDraw.Draw(picture).text((4, 4), "row: class\ncolumn: answer", "gray", ImageFont.load_default(10))
     picture.save(path)
 
@@ -414,7 +422,8 @@ def main(argv=None):
     parser.add_argument("checkpoint", help="a run's folder, a checkpoint file, or random")
     flags(parser)
     parser.add_argument("--protocol", default="fast", choices=["fast", "moco"],
-                        help="fast: one pass over the images, then the best of some penalties; moco: 100 epochs of random crops, SGD at lr 30 (He et al. 2020) [fast]")
+                        help="fast: one pass over the images, then the best of some penalties; moco: 100 epochs of random "
+                             "crops, SGD at lr 30 (He et al. 2020) [fast]")
     parser.add_argument("--knn", action="store_true", help="also weighted kNN (Wu et al. 2018) for some k and temperatures")
     parser.add_argument("--finetune", action="store_true", help="train the whole network, from that probe's classifier on")
     parser.add_argument("--labels", help="use a share (0.01) of the labels, or so many a class (25), the same for a --seed [all]")
@@ -424,23 +433,28 @@ def main(argv=None):
     parser.add_argument("--wd", type=float, help="weight decay [moco: 0; fine-tuning: 1e-4]")
     parser.add_argument("--crop", type=float, nargs=2, metavar=("LO", "HI"),
                         help="area of the random crops [0.08 1; as published for transfer 0.6 1, and for fine-tuning 0.2 1]")
-    parser.add_argument("--predict", nargs="+", metavar="IMAGE", help="name the classes of these images; the checkpoint is a classifier.pt made here")
+    parser.add_argument("--predict", nargs="+", metavar="IMAGE",
+                        help="name the classes of these images; the checkpoint is a classifier.pt made here")
     args = parser.parse_args(argv)
     if args.predict:
         return predict(args)
     began, device = time.time(), data.start(args.device)
     protocol = "finetune" if args.finetune else args.protocol
-    for key, value in dict(epochs=30, lr=0.03, wd=1e-4).items() if args.finetune else dict(epochs=100, lr=30.0, wd=0.0).items():
+    usual = dict(epochs=30, lr=0.03, wd=1e-4) if args.finetune else dict(epochs=100, lr=30.0, wd=0.0)
+    for key, value in usual.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
     if min(args.epochs, args.batch, args.lr) <= 0:
         raise InputError("--epochs, --batch, --lr: must be above 0")
 
     state, known = read_checkpoint(args.checkpoint, args)
-    train_set, test_set, known["size"] = data.load(known["data"], known["root"], known["size"], args.seed, device, args.stream, args.workers)
+    train_set, test_set, known["size"] = data.load(known["data"], known["root"], known["size"], args.seed, device, args.stream,
+                                                   args.workers)
     check_labels(train_set, test_set, known["data"])
     net, size, classes = network(state, known, args.seed).to(device), known["size"], len(train_set.classes)
-    rows = (train_set.labels >= 0).nonzero()[:, 0] if args.labels is None else labelled_subset(train_set.labels, args.labels, args.seed)
-    say(f"{known['arch']} at {size} pixels on {known['data']}: {len(rows):,} training and {len(test_set):,} test images, {classes} classes")
+    rows = (train_set.labels >= 0).nonzero()[:, 0]
+    rows = rows if args.labels is None else labelled_subset(train_set.labels, args.labels, args.seed)
+    say(f"{known['arch']} at {size} pixels on {known['data']}: {len(rows):,} training and {len(test_set):,} test images, "
+        f"{classes} classes")
 
     def features(images, rows=None):
         return extract(net, images, size, device, rows, args.workers, args.memory)
@@ -460,7 +474,8 @@ def main(argv=None):
     if protocol == "moco":
         linear = nn.Linear(net.dim, classes, device=device)
         nn.init.normal_(linear.weight, 0, 0.01), nn.init.zeros_(linear.bias)
-        train(net, linear, train_set, rows, args, size, args.crop or ((0.6, 1) if known["trained_on"] not in (None, known["data"]) else (0.08, 1)), device, True)
+        transfer = known["trained_on"] not in (None, known["data"])
+        train(net, linear, train_set, rows, args, size, args.crop or ((0.6, 1) if transfer else (0.08, 1)), device, True)
         weight, bias = linear.weight.detach(), linear.bias.detach()
     else:
         weight, bias = fast_probe(train_x, train_y, classes, device)
@@ -475,10 +490,12 @@ def main(argv=None):
         bias = linear.bias.detach() - weight @ norm.running_mean
     test_x, test_y = features(test_set)
     scores = torch.cat([F.linear(x.to(device).float(), weight, bias) for x in test_x.split(8192)])
-    name = {"fast": "linear, fast", "moco": f"linear, moco, {args.epochs} epochs", "finetune": f"fine-tuned, {args.epochs} epochs"}[protocol]
+    name = {"fast": "linear, fast", "moco": f"linear, moco, {args.epochs} epochs",
+            "finetune": f"fine-tuned, {args.epochs} epochs"}[protocol]
     table[name] = measure(scores, test_y)
     if rank_world()[0] == 0:
-        write(args, known, protocol, table, net, weight, bias, confusion(scores, test_y), train_set.classes, time.time() - began)
+        write(args, known, protocol, table, net, weight, bias, confusion(scores, test_y), train_set.classes,
+              time.time() - began)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return table
@@ -486,17 +503,18 @@ def main(argv=None):
 
 def write(args, known, protocol, table, net, weight, bias, confused, names, seconds):
     """Print the table; leave it, the classes' accuracies, the confusion and the classifier in the folder of the results."""
-    labels = f", {args.labels} of the labels" if args.labels and "." in args.labels else f", {args.labels} labels a class" if args.labels else ""
+    labels = "" if not args.labels else f", {args.labels} of the labels" if "." in args.labels else f", {args.labels} a class"
     print(f"\n{args.checkpoint} on {known['data']}{labels}, {int(confused.sum()):,} test images, {seconds:.0f} s\n"
           f"{'':<26}{'top-1 %':>9}{'95 % interval':>16}{'top-5 %':>9}{'mean per class %':>18}")
     for name, row in table.items():
-        print(f"{name:<26}{row['top1']:>9.2f}{row['low']:>9.2f}..{row['high']:<5.2f}{row['top5']:>9.2f}{row['mean_per_class']:>18.2f}")
+        print(f"{name:<26}{row['top1']:>9.2f}{row['low']:>9.2f}..{row['high']:<5.2f}{row['top5']:>9.2f}"
+              f"{row['mean_per_class']:>18.2f}")
     each = 100 * confused.diag() / confused.sum(1).clamp(min=1)
     pairs = confused + confused.T
     pairs = [(i, j, int(pairs[i, j])) for i in range(len(names)) for j in range(i)]
     pairs = [(names[j], names[i], count) for i, j, count in sorted(pairs, key=lambda pair: -pair[2])[:3]]
-    shown = sorted(range(len(names)), key=lambda i: each[i])
-    print(f"hardest classes: {', '.join(f'{names[i]} {each[i]:.1f} %' for i in shown[:5])}; easiest: {', '.join(f'{names[i]} {each[i]:.1f} %' for i in shown[:-6:-1])}\n"
+    ranked = [f"{names[i]} {each[i]:.1f} %" for i in sorted(range(len(names)), key=lambda i: each[i])]
+    print(f"hardest classes: {', '.join(ranked[:5])}; easiest: {', '.join(ranked[:-6:-1])}\n"
           f"most confused: {', '.join(f'{a} and {b} ({count})' for a, b, count in pairs)}")
 
     path = Path(args.checkpoint)
@@ -505,9 +523,10 @@ def write(args, known, protocol, table, net, weight, bias, confused, names, seco
     out = Path(args.out) if args.out else beside / f"eval-{Path(known['data']).resolve().name}-{protocol}{label}"
     out.mkdir(parents=True, exist_ok=True)
     last = models.last_linear(known["arch"])
-    classifier = {k: v.cpu().contiguous() for k, v in net.state_dict().items()} | {f"{last}.weight": weight.cpu(), f"{last}.bias": bias.cpu()}
-    data.save(out / "classifier.pt", classifier)
-    (out / "args.json").write_text(json.dumps({k: known[k] for k in ("arch", "stem", "size", "data", "root")} | dict(classes=names), indent=1))
+    backbone = {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
+    data.save(out / "classifier.pt", backbone | {f"{last}.weight": weight.cpu(), f"{last}.bias": bias.cpu()})
+    described = {k: known[k] for k in ("arch", "stem", "size", "data", "root")} | dict(classes=names)
+    (out / "args.json").write_text(json.dumps(described, indent=1))
     (out / "result.json").write_text(json.dumps(dict(
         checkpoint=args.checkpoint, args=vars(args), table=table, seconds=seconds, test_images=int(confused.sum()),
         per_class=dict(zip(names, each.tolist())), most_confused=pairs, confusion=confused.tolist()), indent=1))

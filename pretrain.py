@@ -43,9 +43,13 @@ RECIPES = {"moco-v2": {},
            "local": dict(local_crops=6, local_scale=[0.05, 0.3], crop=[0.3, 1.0])}  # Tan et al. 2023
 
 
-def expanded(flags):
-    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {' '.join(map(str, value)) if isinstance(value, list) else value}")
-                    for name, value in flags.items())
+def typed(flags):
+    """{name: value} as one types it."""
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return " ".join(words)
 
 
 AUTO = {}  # flags whose default depends on the data: name -> rule of n images and the flags before it
@@ -78,38 +82,45 @@ def parse(argv=None):
 
     group = parser.add_argument_group("network")
     flag("--arch", "mobilenetv3", str, ", ".join(models.ARCHS))
-    flag("--stem", None, str, "imagenet, or small (stride 1, for small images); auto: small up to 64 pixels, but for the fast fractals imagenet",
+    flag("--stem", None, str, "imagenet, or small (stride 1, for small images); auto: small up to 64 pixels, but imagenet for "
+         "the fractals, for speed",
          lambda n, a: "small" if a.size <= 64 and a.data != "fractals" else "imagenet")
-    flag("--head", "simple", str, f"projection head: {', '.join(models.HEADS)}, or a hidden width; MoCo v2: simple, Shi 2022: wide")
+    flag("--head", "simple", str, f"projection head: {', '.join(models.HEADS)}, or a hidden width; MoCo v2: simple, "
+         "Shi 2022: wide")
     flag("--dim", 128, int, "width C of the embedding (MoCo)")
     flag("--init", "random", str, "where the backbone starts: random, or a checkpoint of any known format")
 
     group = parser.add_argument_group("contrast")
     flag("--temp", 0.2, float, "temperature of InfoNCE; MoCo v2: 0.2, Shi 2022: 0.1")
-    flag("--momentum", None, float, "m of the key encoder; MoCo: 0.999; auto: that for runs of 100,000 steps, 0.99 from 5,000, else 0.8, "
-         "for a key encoder that lags by more than a few per cent of the run teaches the past",
+    flag("--momentum", None, float, "m of the key encoder; MoCo: 0.999; auto: that for runs of 100,000 steps, 0.99 from 5,000, "
+         "else 0.8, for a key encoder that lags by more than a few per cent of the run teaches the past",
          lambda n, a: 0.999 if total_steps(n, a) >= 100_000 else 0.99 if total_steps(n, a) >= 5_000 else 0.8)
-    flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a power of two up to a tenth of the images, and so short that its oldest "
-         "keys are no staler than MoCo's own, K / batch = 0.256 / (1 - m), but 2 batches: the queries tell stale keys from new ones "
-         "instead of one image from another",
-         lambda n, a: min(n, max(2 * a.batch * (1 + a.symmetric), power(min(65536, n // 10, 0.2561 * a.batch / max(1e-6, 1 - a.momentum))))))
-    flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, fewer if they would have under 64 images, but 2",
+    flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a power of two up to a tenth of the images, and so short that "
+         "its oldest keys are no staler than MoCo's own, K / batch = 0.256 / (1 - m), but 2 batches: queries tell stale keys from "
+         "new ones instead of one image from another",
+         lambda n, a: min(n, max(2 * a.batch * (1 + a.symmetric),
+                                 power(min(65536, n // 10, 0.2561 * a.batch / max(1e-6, 1 - a.momentum))))))
+    flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, "
+         "fewer if they would have under 64 images, but 2",
          lambda n, a: next((s for s in range(max(2, rank_world()[1], min(8, a.batch // 64)), 0, -1)
                            if a.batch % s == 0 and s % rank_world()[1] == 0), rank_world()[1]))
 
     group = parser.add_argument_group("beyond MoCo v2")
     flag("--symmetric", False, bool, "both views are query and key (MoCo's CIFAR notebook; Lin 2022)")
-    flag("--smooth", 0, float, "S: the target is 1 - S on the positive and S / k on each of the k nearest queue keys (Lin 2022)")
+    flag("--smooth", 0, float, "S: the target is 1 - S on the positive, S / k on each of the k nearest queue keys (Lin 2022)")
     flag("--smooth-k", 5, int, "that k")
     flag("--local-crops", 0, int, "N local query views more, all matched to the key (Tan 2023: 6)")
-    flag("--local-size", None, int, "their side in pixels; auto: Tan 2023's 128 of 224, in multiples of 4", lambda n, a: max(8, round(a.size * 128 / 224 / 4) * 4))
-    flag("--local-scale", [0.05, 0.3], float, "range of their area; Tan 2023: with --crop 0.3 1", nargs=2, metavar=("LO", "HI"))
+    flag("--local-size", None, int, "their side in pixels; auto: Tan 2023's 128 of 224, in multiples of 4",
+         lambda n, a: max(8, round(a.size * 128 / 224 / 4) * 4))
+    flag("--local-scale", [0.05, 0.3], float, "range of their area; Tan 2023: with --crop 0.3 1", nargs=2,
+         metavar=("LO", "HI"))
     flag("--momentum-end", None, float, "the key encoder's m goes from --momentum to this along a cosine (Lin 2022: 1); auto: stays",
          lambda n, a: a.momentum)
-    flag("--teacher", None, str, "distill this checkpoint (SEED, Fang 2021) for --teacher-epochs, then contrast; its embedding has to have --dim numbers")
+    flag("--teacher", None, str, "distill this checkpoint (SEED, Fang 2021) for --teacher-epochs, then contrast; its embedding "
+         "has to have --dim numbers")
     flag("--teacher-arch", None, str, "its network, where the file fits several")
-    flag("--teacher-epochs", None, float, "auto: a tenth of the run, the paper's initialization; as many as --epochs: distillation alone",
-         lambda n, a: total_steps(n, a) / max(1, n // max(1, a.batch)) / 10)
+    flag("--teacher-epochs", None, float, "auto: a tenth of the run, the paper's initialization; as many as --epochs: "
+         "distillation alone", lambda n, a: total_steps(n, a) / steps_an_epoch(n, a) / 10)
     flag("--teacher-temp", 0.01, float, "temperature of the teacher's softmax (SEED)")
 
     group = parser.add_argument_group("augmentation (defaults: MoCo v2)")
@@ -121,11 +132,14 @@ def parse(argv=None):
     flag("--hide", False, bool, "hide-and-seek: hide cells of a grid with the mean (Singh & Lee 2017, Shi 2022)")
 
     group = parser.add_argument_group("optimization")
-    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 14", lambda n, a: 14 if a.data == "fractals" else 200)
+    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 14",
+         lambda n, a: 14 if a.data == "fractals" else 200)
     flag("--steps", 0, int, "steps of the whole run instead of --epochs; 0: as many as --epochs says")
-    flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/80 of the images, 32 to 256",
+    flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/80 of the images, "
+         "32 to 256",
          lambda n, a: max(2, min(max(32, power(min(256, n // 80))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
-    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch, 0.04 in runs under 5,000 steps",
+    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch, 0.04 in runs under 5,000 "
+         "steps",
          lambda n, a: (0.04 if total_steps(n, a) < 5_000 else 0.03) * a.batch / 256)
     flag("--wd", 1e-4, float, "weight decay (MoCo); SGD's momentum is 0.9")
     flag("--warmup", 0, float, "epochs of linear warm-up (MoCo: none)")
@@ -133,7 +147,7 @@ def parse(argv=None):
 
     group = parser.add_argument_group("run")
     flag("--recipe", "moco-v2", str, "a set of the flags above, each of which still overrides it: " + "; ".join(
-         f"{name}: {expanded(flags) or 'the defaults'}" for name, flags in RECIPES.items()), choices=list(RECIPES))
+         f"{name}: {typed(flags) or 'the defaults'}" for name, flags in RECIPES.items()), choices=list(RECIPES))
     flag("--out", None, str, "folder of the run; auto: the next free runs/DATA-ARCH-N")
     flag("--resume", False, bool, "go on with the run in --out, with its flags; start one if there is none")
     flag("--save-every", 10, float, "minutes between checkpoints within an epoch; there is one at the end of each, too")
@@ -142,7 +156,8 @@ def parse(argv=None):
     flag("--precision", "auto", str, "of the networks, bfloat16 by autocast; auto: bfloat16 on CUDA",
          choices=["auto", "float32", "bfloat16"])
     flag("--compile", "auto", str, "torch.compile with CUDA graphs; auto: on CUDA", choices=["auto", "on", "off"])
-    flag("--knn-every", None, int, "epochs between looks at held-out images; auto: a fifth of the run", lambda n, a: max(1, total_steps(n, a) // max(1, n // max(1, a.batch)) // 5))
+    flag("--knn-every", None, int, "epochs between looks at held-out images; auto: a fifth of the run",
+         lambda n, a: max(1, total_steps(n, a) // steps_an_epoch(n, a) // 5))
     flag("--profile", 0, int, "run N steps, print where their time goes as one JSON object, and end")
 
     args = parser.parse_args(argv)
@@ -158,8 +173,12 @@ def parse(argv=None):
     return args
 
 
+def steps_an_epoch(n, args):
+    return max(1, n // max(1, args.batch))  # the last incomplete batch is dropped
+
+
 def total_steps(n, args):
-    return args.steps or args.epochs * (n // max(1, args.batch))  # the last incomplete batch of an epoch is dropped
+    return args.steps or args.epochs * steps_an_epoch(n, args)
 
 
 def power(n):
@@ -169,32 +188,41 @@ def power(n):
 
 def resolve(args, n):
     """Fill in what is `auto`, in an order in which each rule finds what it needs, and refuse what cannot work."""
-    rules = ["stem", "batch", "epochs", "momentum", "momentum_end", "queue", "bn_splits", "lr", "knn_every", "local_size", "teacher_epochs"]
+    rules = ["stem", "batch", "epochs", "momentum", "momentum_end", "queue", "bn_splits", "lr", "knn_every", "local_size",
+             "teacher_epochs"]
     unused = ["momentum_end"] + ["local_size"] * (not args.local_crops) + ["teacher_epochs"] * (not args.teacher)
     picked = [name for name in rules if getattr(args, name) is None]
     for name in picked:
         setattr(args, name, AUTO[name](n, args))
     if args.recipe != "moco-v2":
-        say(f"--recipe {args.recipe}: {expanded({name: getattr(args, name) for name in RECIPES[args.recipe]})}")
+        say(f"--recipe {args.recipe}: {typed({name: getattr(args, name) for name in RECIPES[args.recipe]})}")
     if shown := [name for name in picked if name not in unused]:
         say(f"picked for {n:,} images: " + ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shown))
-    world = rank_world()[1]
+    world, ways = rank_world()[1], 1 + args.symmetric
     for wrong, message in [
         (args.batch > n, f"--batch {args.batch}: there are only {n} images; lower it"),
-        (args.batch < 2 or args.batch % world, f"--batch {args.batch}: must be at least 2 and a multiple of the {world} processes"),
-        (args.queue <= args.batch * (1 + args.symmetric), f"--queue {args.queue}: must be larger than --batch {args.batch}" + ", twice with --symmetric" * args.symmetric),
-        (args.queue > n, f"--queue {args.queue}: must not exceed the {n} images, or an image meets itself as a negative"),
+        (args.batch < 2 or args.batch % world,
+         f"--batch {args.batch}: must be at least 2 and a multiple of the {world} processes"),
+        (args.queue <= args.batch * ways, f"--queue {args.queue}: must be larger than --batch {args.batch}"
+         + ", twice with --symmetric" * args.symmetric),
+        (args.queue > n,
+         f"--queue {args.queue}: must not exceed the {n} images, or an image meets itself as a negative"),
         (args.bn_splits < 1 or args.batch % args.bn_splits or args.bn_splits % world or args.batch < 2 * args.bn_splits,
-         f"--bn-splits {args.bn_splits}: must divide --batch {args.batch} into parts of 2 or more, the same number on each of {world} processes"),
+         f"--bn-splits {args.bn_splits}: must divide --batch {args.batch} into parts of 2 or more, "
+         f"the same number on each of {world} processes"),
         (not args.temp > 0, f"--temp {args.temp}: must be above 0; 0.05 to 0.5 is usual"),
         (not 0 <= args.momentum <= 1, f"--momentum {args.momentum}: must be within 0..1"),
         (not 0 <= args.momentum_end <= 1, f"--momentum-end {args.momentum_end}: must be within 0..1"),
-        *((not 0 < low <= high <= 1, f"{name} {low} {high}: must be 0 < LO <= HI <= 1") for name, (low, high) in (("--crop", args.crop), ("--local-scale", args.local_scale))),
-        (not 0 <= args.smooth < 1 or not 0 < args.smooth_k <= args.queue, f"--smooth {args.smooth:g} --smooth-k {args.smooth_k}: must be within 0..1 and 1..--queue"),
-        (args.local_crops < 0 or args.local_size < 8, f"--local-crops {args.local_crops} --local-size {args.local_size}: must not be negative, and at least 8 pixels"),
+        *((not 0 < low <= high <= 1, f"{name} {low} {high}: must be 0 < LO <= HI <= 1")
+          for name, (low, high) in (("--crop", args.crop), ("--local-scale", args.local_scale))),
+        (not 0 <= args.smooth < 1 or not 0 < args.smooth_k <= args.queue,
+         f"--smooth {args.smooth:g} --smooth-k {args.smooth_k}: must be within 0..1 and 1..--queue"),
+        (args.local_crops < 0 or args.local_size < 8,
+         f"--local-crops {args.local_crops} --local-size {args.local_size}: must not be negative, and at least 8 pixels"),
         (not args.teacher_temp > 0, f"--teacher-temp {args.teacher_temp}: must be above 0"),
         (min(args.jitter, args.hue, args.gray, args.blur) < 0, "--jitter, --hue, --gray, --blur: must not be negative"),
-        (min(args.dim, args.epochs, args.lr, args.knn_every) <= 0, "--dim, --epochs, --lr, --knn-every: must be above 0"),
+        (min(args.dim, args.epochs, args.lr, args.knn_every) <= 0,
+         "--dim, --epochs, --lr, --knn-every: must be above 0"),
     ]:
         if wrong:
             raise InputError(message)
@@ -312,7 +340,7 @@ def smooth_target(q, k, queue, share, n):
 
 
 def teacher_target(z, queue, temperature):
-    """Mean key (N, C) under the teacher's softmax over [its embedding z (N, C), queue of its embeddings] (Fang et al. 2021)."""
+    """Mean key (N, C) under the teacher's softmax over [its embedding z (N, C), queue of such embeddings] (Fang et al. 2021)."""
     o, s, _ = attend(z, queue.to(z.dtype) if not z.is_cuda else queue, 1 / temperature, z.square().sum(1) / temperature)
     return torch.lerp(z, o, s.sigmoid()[:, None])
 
@@ -361,7 +389,8 @@ def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
                 other = (data.gather(own[key].contiguous()) if world > 1 else own[key])[put(shuffled)]
             v_q.append(data.augment(own[query], put(u[query, mine]), args.size, crop, **settings))
             v_k.append(data.augment(other, put(u[key, shuffled]), args.size, crop, **settings))
-        v_l = [data.augment(own_local[i], put(u[2 + i, mine]), args.local_size, local, **settings) for i in range(args.local_crops)]
+        v_l = [data.augment(own_local[i], put(u[2 + i, mine]), args.local_size, local, **settings)
+               for i in range(args.local_crops)]
         mark("views")
         yield torch.cat(v_q), torch.cat(v_k), put(perm), torch.cat(v_l) if v_l else None
 
@@ -414,7 +443,7 @@ def main(argv=None):
     train, test, args.size = data.load(args.data, args.root, args.size, args.seed, device, args.stream, args.workers)
     n = len(train)
     resolve(args, n)
-    epoch_steps, steps = n // args.batch, total_steps(n, args)
+    epoch_steps, steps = steps_an_epoch(n, args), total_steps(n, args)
 
     # The networks. Every process starts from the same seed, so none needs to be sent weights.
     torch.manual_seed(args.seed)
@@ -428,7 +457,8 @@ def main(argv=None):
         say(f"--init {args.init}: {found['arch']}, dropped {len(found['dropped'])} other tensors")
     teacher, distilled = None, 0
     if args.teacher:
-        teacher = Encoder(*models.read_teacher(args.teacher, args.teacher_arch, args.stem)).eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        teacher = Encoder(*models.read_teacher(args.teacher, args.teacher_arch, args.stem)).eval().requires_grad_(False)
+        teacher.to(device, memory_format=torch.channels_last)
         with torch.no_grad():
             width = teacher(torch.zeros(1, 3, args.size, args.size, device=device)).shape[1]
         if width != args.dim:
@@ -523,7 +553,8 @@ def main(argv=None):
                 derive()
             except OSError as error:
                 if step == steps:
-                    raise InputError(f"{error}: the run is at its end, but not saved; make room, then go on with --resume") from None
+                    raise InputError(f"{error}: the run is at its end, but not saved; make room, then go on with "
+                                     "--resume") from None
                 say(f"{error}: not saved; the checkpoint before is whole, training goes on, and the next save tries again")
 
     def check(step, done):
@@ -531,11 +562,12 @@ def main(argv=None):
         bad = (~history[:done, 0].isfinite()).nonzero()
         before = f"{out}/last.pt is from before, if there is one"
         if len(bad):
-            raise InputError(f"the loss is {history[bad[0, 0], 0].item()} at step {step + 1 - done + bad[0, 0].item()}: the weights have grown without "
+            i = bad[0, 0].item()
+            raise InputError(f"the loss is {history[i, 0].item()} at step {step + 1 - done + i}: the weights have grown without "
                              f"bound; lower --lr (now {args.lr:g}), raise --temp or add --warmup; {before}")
         if done >= 20 and history[done - 20:done, 2].min() > 0.9999:
-            raise InputError(f"at step {step} all queries are alike (mean cosine over 0.9999): the network has collapsed; lower --lr (now {args.lr:g}), "
-                             f"or look at views.png: are the images all alike? {before}")
+            raise InputError(f"at step {step} all queries are alike (mean cosine over 0.9999): the network has collapsed; lower "
+                             f"--lr (now {args.lr:g}), or look at views.png: are the images all alike? {before}")
 
     if rank == 0:
         data.save(out / "args.json", json.dumps(vars(args), indent=1))
@@ -584,7 +616,7 @@ def main(argv=None):
                 moco.eval()
                 entry |= monitor(moco.encoder_q.backbone, train, test, args, device)
                 moco.train()
-                shown += "".join(f"  {name} {entry[name]:.2f}" for name in ("knn", "alignment", "uniformity") if name in entry)
+                shown += "".join(f"  {key} {entry[key]:.2f}" for key in ("knn", "alignment", "uniformity") if key in entry)
             speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_start)
             log.append(entry | dict(images_per_s=speed, seconds=time.time() - started))
             progress(lambda: shown, end=True)
@@ -609,7 +641,8 @@ def main(argv=None):
 def catch_signals():
     """A list that SIGTERM and Ctrl-C are noted in, so that the loop can end between two steps; and what undoes that."""
     caught = []
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number)) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
+              for number in (signal.SIGTERM, signal.SIGINT)}
     return caught, lambda: [signal.signal(number, handler) for number, handler in before.items()]
 
 
@@ -685,8 +718,9 @@ def monitor(network, train, test, args, device):
 def views_apart(network, images, args, device):
     """Alignment and uniformity of two views, drawn as in training, of up to 2,000 images."""
     rows = torch.randperm(len(images), generator=data.seeded("apart"))[:2000]
-    a, b = (extract(network, images, args.size, device, rows, args.workers, u=u, crop=args.crop, jitter=args.jitter, hue=args.hue,
-                    gray=args.gray, blur=args.blur)[0] for u in torch.rand(2, len(rows), data.COLUMNS, generator=data.seeded("views")))
+    settings = {name: getattr(args, name) for name in ("crop", "jitter", "hue", "gray", "blur")}
+    uniforms = torch.rand(2, len(rows), data.COLUMNS, generator=data.seeded("views"))
+    a, b = (extract(network, images, args.size, device, rows, args.workers, u=u, **settings)[0] for u in uniforms)
     return dict(alignment=alignment(a, b).item(), uniformity=uniformity(a).item())
 
 
@@ -715,7 +749,8 @@ def report(network, untrained, train, test, args, device, out):
             table[name] = knn(*features), ridge(*features)
             say(f"{name:<16}{table[name][0]:>8.1f}{table[name][1]:>10.1f}")
     say(f"\nThe network is {out}/backbone.pt (torchvision's names). Look at {out}/views.png and {out}/log.jsonl, then try\n"
-        + f"  python linear_eval.py {out}\n" * (test is not None) + f"  torchrun pretrain.py --data FOLDER --arch {args.arch} --temp {args.temp:g}")
+        + f"  python linear_eval.py {out}\n" * (test is not None)
+        + f"  torchrun pretrain.py --data FOLDER --arch {args.arch} --temp {args.temp:g}")
     return table
 
 
@@ -760,11 +795,14 @@ def profile(args, train, device, moco, encoder_q, step_once, autocast):
         return time.perf_counter() - start
 
     moco.train()
-    step, network = map(min, zip(*((timed(args.profile, False), bare(args.profile)) for _ in range(3))))  # a shared machine's speed drifts
+    runs = [(timed(args.profile, False), bare(args.profile)) for _ in range(3)]
+    step, network = map(min, zip(*runs))  # the speed of a shared machine drifts
     timed(args.profile, True)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
+    else:
+        name = f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     say(json.dumps(dict(device=name, arch=args.arch, size=args.size, batch=args.batch, queue=args.queue,
                         images_per_s=round(args.profile * args.batch / step, 1), peak_memory_mb=round(peak / 2**20),
                         **{phase: round(1000 * seconds / args.profile, 2) for phase, seconds in phases.items()},

@@ -3,6 +3,7 @@
 Nothing is downloaded; images, checkpoints and process groups are made here, small.
 """
 import copy
+import itertools
 import json
 import math
 import os
@@ -78,6 +79,20 @@ def test_network_is_torchvisions(arch):
         for (name, p), q in zip(ref.named_parameters(), net.parameters()):
             assert (p.grad - q.grad).norm() <= 1e-7 * p.grad.norm() + 1e-12, name
             p.grad = q.grad = None
+
+
+@pytest.mark.parametrize("groups", [1, 6])
+def test_convolutions_of_tiny_maps_are_torchs(groups):
+    for h, k, s in itertools.product((1, 2, 3, 4), (3, 5), (1, 2)):
+        conv, x = models.Conv2d(6, 6, k, s, k // 2, groups=groups, bias=groups == 1).double(), rand(5, 6, h, h).requires_grad_()
+        ours, torchs = conv(x), F.conv2d(x, conv.weight, conv.bias, s, k // 2, groups=groups)
+        weight = rand(*torchs.shape, seed=1)
+        for a, b in zip(*(torch.autograd.grad((y * weight).sum(), [x, *conv.parameters()]) for y in (ours, torchs))):
+            assert torch.allclose(a, b, rtol=1e-10, atol=1e-12), (h, k, s)
+        assert torch.allclose(ours, torchs, rtol=1e-10)
+        with torch.autocast("cpu", torch.bfloat16):
+            conv.float()(x.float()).float().sum().backward()
+        assert conv.weight.grad.dtype == torch.float32 and conv.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("arch", TORCHVISION)

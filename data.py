@@ -65,7 +65,7 @@ def save(path, content, keep=None):
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch calls a full disk by many names
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written ({str(error).splitlines()[0]})") from None
+        raise OSError(f"{path}: could not be written; is the disk full? ({str(error).splitlines()[0]})") from None
     if keep and Path(path).exists():
         os.replace(path, keep)
     os.replace(temporary, path)

@@ -347,6 +347,9 @@ def teacher_target(z, queue, temperature):
 
 # ------------------------------------------------------------------------------------------------- views to train on
 
+STRENGTHS = ("jitter", "hue", "gray", "blur")  # of data.augment
+
+
 def unshuffle(x, perm):
     """Rows that came in the order `perm`, in their own order again."""
     return torch.empty_like(x).index_copy_(0, perm, x)
@@ -357,7 +360,7 @@ def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
     the local query views or None. With --symmetric, 2 n query views and key views: the second n have changed roles."""
     n = args.batch // world
     mine = slice(rank * n, (rank + 1) * n)
-    settings = dict(jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
+    settings = {name: getattr(args, name) for name in STRENGTHS}
 
     def draw(step):
         return data.schedule(len(images), args.batch, args.seed, step, args.hide, args.local_crops)
@@ -718,7 +721,7 @@ def monitor(network, train, test, args, device):
 def views_apart(network, images, args, device):
     """Alignment and uniformity of two views, drawn as in training, of up to 2,000 images."""
     rows = torch.randperm(len(images), generator=data.seeded("apart"))[:2000]
-    settings = {name: getattr(args, name) for name in ("crop", "jitter", "hue", "gray", "blur")}
+    settings = {name: getattr(args, name) for name in ("crop", *STRENGTHS)}
     uniforms = torch.rand(2, len(rows), data.COLUMNS, generator=data.seeded("views"))
     a, b = (extract(network, images, args.size, device, rows, args.workers, u=u, **settings)[0] for u in uniforms)
     return dict(alignment=alignment(a, b).item(), uniformity=uniformity(a).item())

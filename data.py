@@ -8,6 +8,7 @@ A data set that fits is decoded once into one uint8 tensor on the device and nev
 larger one is streamed. Every random number is drawn by `schedule` from (seed, epoch, step) on the CPU, so the same
 seed gives the same views on every device, on any number of processes, and after a restart.
 """
+import ctypes
 import math
 import os
 import sys
@@ -36,6 +37,9 @@ def start(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives large tensors back to the kernel, which clears their pages at the next use: at 224 pixels half of a step.
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX: none apart; M_TRIM_THRESHOLD: keep what was freed
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True

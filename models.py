@@ -47,8 +47,8 @@ class SmallMapDepthwise(torch.autograd.Function):
             for j in range(grad.shape[3]):  # output (i, j) lays the whole map on these taps
                 patch = taps[:, 0, h - 1 - i * s:2 * h - 1 - i * s, h - 1 - j * s:2 * h - 1 - j * s]
                 patch += (x * grad[:, :, i, j, None, None]).sum(0)
-        return (torch.nn.grad.conv2d_input(x.shape, weight, grad, s, p, groups=len(weight)),
-                F.pad(taps, [p - h + 1] * 4), None)
+        dw = torch.empty_like(weight).copy_(F.pad(taps, [p - h + 1] * 4))  # cropped or padded, in the weight's memory format
+        return torch.nn.grad.conv2d_input(x.shape, weight, grad, s, p, groups=len(weight)), dw, None
 
 
 class Conv2d(nn.Conv2d):

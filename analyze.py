@@ -264,8 +264,9 @@ def finish(picture, path):
     picture.resize((picture.width // S, picture.height // S), Image.LANCZOS).save(path)
 
 
-def span(values):
-    return min(map(min, values)), max(map(max, values))
+def spans(points):
+    """(lowest, highest) of each coordinate of `points`."""
+    return [(min(v), max(v)) for v in zip(*points)]
 
 
 def draw_space(seen, classes, path):
@@ -280,7 +281,7 @@ def draw_space(seen, classes, path):
         for row, method in enumerate((tsne, pca)):
             p = method(F.normalize(s["o"][some], dim=1)).tolist()
             axis = ("t-SNE", "PCA")[row]
-            panel = Panel(picture, boxes[row * len(seen) + column], *(span([v]) for v in zip(*p)), f"{name}{few}",
+            panel = Panel(picture, boxes[row * len(seen) + column], *spans(p), f"{name}{few}",
                           f"{axis} 1", f"{axis} 2")
             for (u, v), label in zip(p, y[some].tolist()):
                 panel.mark(u, v, max(0, label))
@@ -288,7 +289,7 @@ def draw_space(seen, classes, path):
                 panel.legend(classes[:shown])
         p = tsne(F.normalize(torch.cat([s[v][one] for v in "oab"]), dim=1)).tolist()
         what = classes[y[0]] if classes else "50 images"
-        panel = Panel(picture, boxes[2 * len(seen) + column], *(span([v]) for v in zip(*p)),
+        panel = Panel(picture, boxes[2 * len(seen) + column], *spans(p),
                       f"{what}: originals and two views each", "t-SNE 1", "t-SNE 2")
         for i in range(len(one)):
             for j in (i + len(one), i + 2 * len(one)):
@@ -349,7 +350,7 @@ def draw_curves(logs, path):
     for box, (key, text) in zip(boxes, wanted.items()):
         lines = {name: [(e["epoch"], e[key]) for e in log if key in e] for name, log in logs.items()}
         points = [p for line in lines.values() for p in line]
-        panel = Panel(picture, box, *(span([v]) for v in zip(*points)), "", "epoch", text)
+        panel = Panel(picture, box, *spans(points), "", "epoch", text)
         for color, line in zip(COLORS, lines.values()):
             panel.line(*zip(*line or [(0, 0)]), color)
             for x, y in line:

@@ -227,7 +227,7 @@ def logistic(features, y, classes, penalties, use=None, start=None, steps=100):
     """
     penalty = torch.tensor(penalties, device=y.device)[:, None]
     n, G = len(y) if use is None else int(use.sum()), len(penalties)
-    once = [*features.blocks(use=use)] if features.x.dtype == torch.float32 else None  # if they fit into memory
+    once = [*features.blocks(use=use)] if features.x.dtype == torch.float32 else None  # standardized once, if in memory
     eigenvalue, Q = torch.linalg.eigh(sum(a.T @ a for a, _ in once or features.blocks(use=use)) / n)
     kept = eigenvalue > 1e-7 * eigenvalue[-1]  # the penalty keeps W in the span of the features
     Q, scale = Q[:, kept], (eigenvalue[kept, None, None] / 2 + penalty).rsqrt()
@@ -503,7 +503,7 @@ def main(argv=None):
 
 def write(args, known, protocol, table, net, weight, bias, confused, names, seconds):
     """Print the table; leave it, the classes' accuracies, the confusion and the classifier in the folder of the results."""
-    labels = "" if not args.labels else f", {args.labels} of the labels" if "." in args.labels else f", {args.labels} a class"
+    labels = f", {args.labels} {'of the labels' if '.' in args.labels else 'labels a class'}" if args.labels else ""
     print(f"\n{args.checkpoint} on {known['data']}{labels}, {int(confused.sum()):,} test images, {seconds:.0f} s\n"
           f"{'':<26}{'top-1 %':>9}{'95 % interval':>16}{'top-5 %':>9}{'mean per class %':>18}")
     for name, row in table.items():

@@ -197,14 +197,14 @@ def resolve(args, n):
     if args.recipe != "moco-v2":
         say(f"--recipe {args.recipe}: {typed({name: getattr(args, name) for name in RECIPES[args.recipe]})}")
     if shown := [name for name in picked if name not in unused]:
-        say(f"picked for {n:,} images: " + ", ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in shown))
-    world, ways = rank_world()[1], 1 + args.symmetric
+        say(f"picked for {n:,} images: " + ", ".join(typed({name: getattr(args, name)}) for name in shown))
+    world = rank_world()[1]
     for wrong, message in [
         (args.batch > n, f"--batch {args.batch}: there are only {n} images; lower it"),
         (args.batch < 2 or args.batch % world,
          f"--batch {args.batch}: must be at least 2 and a multiple of the {world} processes"),
-        (args.queue <= args.batch * ways, f"--queue {args.queue}: must be larger than --batch {args.batch}"
-         + ", twice with --symmetric" * args.symmetric),
+        (args.queue <= args.batch * (1 + args.symmetric),
+         f"--queue {args.queue}: must be larger than --batch {args.batch}" + ", twice with --symmetric" * args.symmetric),
         (args.queue > n,
          f"--queue {args.queue}: must not exceed the {n} images, or an image meets itself as a negative"),
         (args.bn_splits < 1 or args.batch % args.bn_splits or args.bn_splits % world or args.batch < 2 * args.bn_splits,

@@ -591,10 +591,12 @@ def main(argv=None):
         epoch = step // epoch_steps + 1
         history[done - 1] = step_once(step, *batch)
 
-        def line():
+        def so_far():  # in this epoch
             check(step, done)
-            loss, accuracy, _ = history[:done].mean(0).tolist()
-            speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_start)
+            return *history[:done].mean(0).tolist(), (step + 1 - epoch_first) * args.batch / (time.time() - epoch_start)
+
+        def line():
+            loss, accuracy, _, speed = so_far()
             left = (steps - step - 1) * args.batch / speed
             return (f"epoch {epoch}/{-(-steps // epoch_steps)}  loss {loss:.3f}  instance accuracy {100 * accuracy:.1f} %  "
                     f"{speed:.0f} images/s  {int(left // 60)}:{int(left % 60):02} left")
@@ -607,21 +609,19 @@ def main(argv=None):
         if world > 1:
             dist.all_reduce(history)
             history /= world
-        check(step, done)
+        loss, accuracy, alike, speed = so_far()
         if ended:
             for buffer in moco.encoder_q.buffers() if world > 1 else []:
                 dist.broadcast(buffer, 0)
-            loss, accuracy, alike = history[:done].mean(0).tolist()
             entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy, query_similarity=alike,
-                         lr=optimizer.param_groups[0]["lr"])
+                         lr=optimizer.param_groups[0]["lr"], images_per_s=speed)
             shown = line()
             if epoch % args.knn_every == 0 or step + 1 == steps:
                 moco.eval()
                 entry |= monitor(moco.encoder_q.backbone, train, test, args, device)
                 moco.train()
                 shown += "".join(f"  {key} {entry[key]:.2f}" for key in ("knn", "alignment", "uniformity") if key in entry)
-            speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_start)
-            log.append(entry | dict(images_per_s=speed, seconds=time.time() - started))
+            log.append(entry | dict(seconds=time.time() - started))
             progress(lambda: shown, end=True)
         save(step + 1)
         saved = time.time()

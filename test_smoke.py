@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -647,6 +648,17 @@ def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch):
 def test_bad_input_ends_the_process_with_an_error(tmp_path):
     done = subprocess.run([sys.executable, HERE / "pretrain.py", "--data", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("pretrain.py: --data") and done.stderr.count("\n") == 1
+
+
+def test_the_readme_names_what_is_there():
+    text = (HERE / "README.md").read_text()
+    links = re.findall(r"\[`(\w+\.)*(\w+)`\]\((\w+\.py)#L(\d+)\)", text)
+    for _, name, file, line in links:
+        assert re.match(rf"\s*(def|class) {name}\b", (HERE / file).read_text().splitlines()[int(line) - 1]), (file, name)
+    source = "".join((HERE / file).read_text() for file in ("pretrain.py", "linear_eval.py", "analyze.py"))
+    flags = set(re.findall(r"(--[a-z][a-z-]+)", text)) - {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--max-restarts", "--help"}
+    assert len(links) > 9 and len(flags) > 30 and not [flag for flag in flags if f'"{flag}"' not in source]
+    assert all((HERE / picture).is_file() for picture in re.findall(r"\]\((assets/.*?)\)", text))
 
 
 # ---------------------------------------------------------------------------------------------------- linear_eval.py

@@ -388,8 +388,8 @@ def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
         crop, local = (None, None) if streamed else (args.crop, args.local_scale)
         v_q, v_k = [], []
         for query, key in ((0, 1), (1, 0)) if args.symmetric else ((0, 1),):
-            if streamed:
-                other = (data.gather(own[key].contiguous()) if world > 1 else own[key])[put(shuffled)]
+            if streamed:  # save_views asks for a world of one, on the first process of many
+                other = (data.gather(own[key]) if world > 1 else own[key])[put(shuffled)]
             v_q.append(data.augment(own[query], put(u[query, mine]), args.size, crop, **settings))
             v_k.append(data.augment(other, put(u[key, shuffled]), args.size, crop, **settings))
         v_l = [data.augment(own_local[i], put(u[2 + i, mine]), args.local_size, local, **settings)

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import signal
@@ -364,6 +365,30 @@ def test_folders(tmp_path, capsys):
     for name in ("none", "text", "missing"):
         with pytest.raises(InputError, match=name):
             data.load(str(tmp_path / name))
+
+
+def test_torchvisions_data_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)  # so few images have another checksum
+    monkeypatch.setattr(torchvision.datasets.stl10, "check_integrity", lambda *_: True)
+    pixels, names = (rand(4, 3, 32, 32) * 255).byte().numpy(), [f"kind {i}" for i in range(10)]
+    parts = {f"cifar-10-batches-py/data_batch_{i}": ("labels", slice(i % 4, i % 4 + 1)) for i in range(1, 6)} | {
+        "cifar-10-batches-py/test_batch": ("labels", slice(4)), "cifar-100-python/train": ("fine_labels", slice(1, 4)), "cifar-100-python/test": ("fine_labels", slice(4))}
+    for file, (key, rows) in parts.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(pickle.dumps({"data": pixels[rows].reshape(-1, 3072), key: [3, 1, 4, 1][rows]}))
+    (tmp_path / "cifar-10-batches-py/batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    (tmp_path / "cifar-100-python/meta").write_bytes(pickle.dumps({"fine_label_names": names}))
+    (tmp_path / "stl10_binary").mkdir()
+    big = (rand(4, 3, 96, 96) * 255).byte().numpy()
+    for part, rows in {"train": slice(1, 4), "unlabeled": slice(2), "test": slice(4)}.items():
+        big[rows].transpose(0, 1, 3, 2).tofile(tmp_path / f"stl10_binary/{part}_X.bin")  # columns first, classes from one
+        np.array([4, 2, 5, 2], np.uint8)[rows].tofile(tmp_path / f"stl10_binary/{part}_y.bin")
+    (tmp_path / "stl10_binary/class_names.txt").write_text("\n".join(names))
+    for name, source, rows, labels in (("cifar10", pixels, [1, 2, 3, 0, 1], [1, 4, 1, 3, 1]), ("cifar100", pixels, [1, 2, 3], [1, 4, 1]),
+                                       ("stl10", big, [1, 2, 3, 0, 1], [1, 4, 1, -1, -1])):
+        train, test, size = data.load(name, tmp_path)
+        assert size == source.shape[-1] and train.classes == names and train.labels.tolist() == labels and test.labels.tolist() == [3, 1, 4, 1]
+        assert torch.equal(train.pixels, torch.from_numpy(source[rows])) and torch.equal(test.pixels, torch.from_numpy(source))
 
 
 def test_streamed_views_are_the_resident_ones(tmp_path):

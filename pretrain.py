@@ -618,7 +618,7 @@ def main(argv=None):
             shown = line()
             if epoch % args.knn_every == 0 or step + 1 == steps:
                 moco.eval()
-                entry |= monitor(moco.encoder_q.backbone, train, test, args, device)
+                entry |= judge(moco.encoder_q.backbone, train, test, args, device, linear=False)
                 moco.train()
                 shown += "".join(f"  {key} {entry[key]:.2f}" for key in ("knn", "alignment", "uniformity") if key in entry)
             log.append(entry | dict(seconds=time.time() - started))
@@ -711,11 +711,12 @@ def learning_rate(args, step, steps, epoch_steps):
     return args.lr * warm * (0.5 * (1 + math.cos(math.pi * step / steps)) if args.schedule == "cosine" else 1)
 
 
-def monitor(network, train, test, args, device):
-    """kNN accuracy on held-out images, or alignment and uniformity of the training images where there are no labels."""
+def judge(network, train, test, args, device, linear=True):
+    """kNN and, if wanted, linear accuracy on held-out images, or where there are no labels alignment and uniformity."""
     if test is None:
         return views_apart(network, train, args, device)
-    return dict(knn=knn(*probe_features(network, train, test, args, device)))
+    features = probe_features(network, train, test, args, device)
+    return dict(knn=knn(*features)) | (dict(linear=ridge(*features)) if linear else {})
 
 
 def views_apart(network, images, args, device):
@@ -738,23 +739,17 @@ def probe_features(network, train, test, args, device):
 
 def report(network, untrained, train, test, args, device, out):
     """The end: what the features are worth beside those of random weights and beside raw pixels, and what to do next."""
-    if test is None:
-        rows = {"learned": network, "random weights": untrained}
-        table = {name: tuple(views_apart(net, train, args, device).values()) for name, net in rows.items()}
-        say(f"\n{'features':<16}{'alignment':>11}{'uniformity':>12}   (lower is better, of both together)")
-        for name, values in table.items():
-            say(f"{name:<16}{values[0]:>11.3f}{values[1]:>12.3f}")
-    else:
-        say(f"\n{'features':<16}{'kNN %':>8}{'linear %':>10}   ({len(test):,} held-out images, {len(test.classes)} classes)")
-        table = {}
-        for name, net in {"learned": network, "random weights": untrained, "raw pixels": pixels_of(args.size)}.items():
-            features = probe_features(net, train, test, args, device)
-            table[name] = knn(*features), ridge(*features)
-            say(f"{name:<16}{table[name][0]:>8.1f}{table[name][1]:>10.1f}")
+    networks, heads = {"learned": network, "random weights": untrained}, ("alignment", "uniformity")
+    note, digits = "lower is better, of both together", 3
+    if test is not None:
+        networks["raw pixels"], heads, digits = pixels_of(args.size), ("kNN %", "linear %"), 1
+        note = f"{len(test):,} held-out images, {len(test.classes)} classes"
+    say(f"\n{'features':<16}{heads[0]:>11}{heads[1]:>12}   ({note})")
+    for name, net in networks.items():
+        say(f"{name:<16}" + "{:>11.{d}f}{:>12.{d}f}".format(*judge(net, train, test, args, device).values(), d=digits))
     say(f"\nThe network is {out}/backbone.pt (torchvision's names). Look at {out}/views.png and {out}/log.jsonl, then try\n"
         + f"  python linear_eval.py {out}\n" * (test is not None)
         + f"  torchrun pretrain.py --data FOLDER --arch {args.arch} --temp {args.temp:g}")
-    return table
 
 
 def profile(args, train, device, moco, encoder_q, step_once, autocast):

@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from data import InputError, rank_world, say
 from linear_eval import (check_labels, extract, fast_probe, flags, labelled_subset, measure, neighbours, network, pixels_of,
-                         read_checkpoint)
+                         read_checkpoint, unit)
 
 # ------------------------------------------------------------------------------------------------------ the metrics
 # Each a function of tensors alone. Features are (N, D) and are normalized here; labels (N,) are int64.
@@ -36,7 +36,7 @@ def instance_discrimination(query, positive, others, top=5):
     All (N, D), row i of image i. For originals o and views a, b of theirs, (o, a, o) is the mode o-a and (b, a, a) the
     mode a-b of Shi et al. 2022. By cosine; a tie counts against the positive: a collapsed space has 0 %, not 100.
     """
-    q, p, r = (F.normalize(v, dim=1) for v in (query, positive, others))
+    q, p, r = (unit(v) for v in (query, positive, others))
     own, nearer = (q * p).sum(1) - 1e-6, []  # rounding must not decide a tie
     for i in range(0, len(q), 1000):
         similarity = q[i:i + 1000] @ r.T
@@ -48,7 +48,7 @@ def instance_discrimination(query, positive, others, top=5):
 
 def alignment(a, b):
     """Mean squared distance of the positive pairs a, b (N, D): 0 (views agree) .. 4 (Wang & Isola 2020, alpha 2)."""
-    return (F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().sum(1).mean()
+    return (unit(a) - unit(b)).square().sum(1).mean()
 
 
 def uniformity(x):
@@ -56,7 +56,7 @@ def uniformity(x):
 
     Wang & Isola 2020, t 2; exact: every pair once, in blocks.
     """
-    x, total, n = F.normalize(x, dim=1), 0.0, len(x)
+    x, total, n = unit(x), 0.0, len(x)
     for i in range(0, n, 1000):
         total += (x[i:i + 1000] @ x[i:].T).mul_(4).sub_(4).exp_().triu_(1).sum(dtype=torch.float64)
     return (total / (n * (n - 1) / 2)).log()
@@ -69,7 +69,7 @@ def class_distances(x, y):
     one image has no pair and is left out. Between: over all pairs of different classes. Unit vectors with sum s have
     sum |x_i - x_j|^2 = 2 n^2 - 2 |s|^2 over ordered pairs, so no pair is ever formed.
     """
-    x, y = F.normalize(x.double(), dim=1), y.unique(return_inverse=True)[1]
+    x, y = unit(x.double()), y.unique(return_inverse=True)[1]
     n = y.bincount().double()
     s = x.new_zeros(len(n), x.shape[1]).index_add_(0, y, x)
     sums = 2 * n ** 2 - 2 * s.square().sum(1)
@@ -81,7 +81,7 @@ def class_distances(x, y):
 
 def purity(x, y, k=10):
     """Mean share in % of an image's `k` nearest others in x (N, D) that are of its class."""
-    x = F.normalize(x, dim=1)
+    x = unit(x)
     x, rows = x.float(), torch.arange(len(x), device=x.device)[:, None]
     near = neighbours(x, x, min(k + 1, len(x)))[1]
     other = near != rows
@@ -91,7 +91,7 @@ def purity(x, y, k=10):
 
 def effective_rank(x):
     """exp of the entropy of the singular values of centered x (N, D): 1 .. min(N - 1, D) directions in use (Roy & Vetterli 2007)."""
-    x = F.normalize(x.double(), dim=1)
+    x = unit(x.double())
     x = x - x.mean(0)
     s = torch.linalg.eigvalsh(x.T @ x if len(x) > x.shape[1] else x @ x.T).clamp(min=0).sqrt()
     return torch.special.entr(s / s.sum().clamp(min=1e-300)).sum().exp()
@@ -99,7 +99,7 @@ def effective_rank(x):
 
 def kmeans(x, k, seed=0, steps=50):
     """Clusters (N,) of x (N, D) by Lloyd's algorithm from k-means++ seeds (Arthur & Vassilvitskii 2007)."""
-    x, draw = F.normalize(x.float(), dim=1), data.seeded("kmeans", seed)
+    x, draw = unit(x.float()), data.seeded("kmeans", seed)
     centers, nearest = x[:1], torch.full((len(x),), math.inf, device=x.device)
     for _ in range(k - 1):
         nearest = torch.minimum(nearest, (x - centers[-1]).square().sum(1))
@@ -137,8 +137,8 @@ def best_nn(train_x, train_y, test_x, test_y, most=101):
     (`shifted`). Equal votes go to the class with the lower number, as scikit-learn's do.
     """
     mean, found = train_x.float().mean(0), {}
-    spaces = {"raw": lambda x: x.float(), "normalized": lambda x: F.normalize(x.float(), dim=1),
-              "shifted": lambda x: F.normalize(x.float() - mean, dim=1)}
+    spaces = {"raw": lambda x: x.float(), "normalized": lambda x: unit(x.float()),
+              "shifted": lambda x: unit(x.float() - mean)}
     for name, space in spaces.items():
         near = train_y[neighbours(space(train_x), space(test_x), min(most, len(train_x)))[1]]
         votes, scores = torch.zeros(len(near), int(train_y.max()) + 1, device=near.device), {}
@@ -214,8 +214,8 @@ class Panel:
         self.at = lambda x, y: (left + (x - x0) / (x1 - x0) * (right - left), bottom - (y - y0) / (y1 - y0) * (bottom - top))
         for low, high, horizontal in ((x0, x1, True), (y0, y1, False)):
             rough = (high - low) / 5
-            unit = 10 ** math.floor(math.log10(rough))
-            tick = unit * next(f for f in (1, 2, 5, 10) if f * unit >= rough)
+            decade = 10 ** math.floor(math.log10(rough))
+            tick = decade * next(f for f in (1, 2, 5, 10) if f * decade >= rough)
             for i in range(math.ceil(low / tick), math.floor(high / tick) + 1):
                 x, y = self.at(i * tick, y0) if horizontal else self.at(x0, i * tick)
                 self.draw.line((x, top, x, bottom) if horizontal else (left, y, right, y), "#E8E8E8", S)
@@ -279,7 +279,7 @@ def draw_space(seen, classes, path):
         one = (y == y[0]).nonzero()[:, 0][:50]  # of the views: the first class
         few = f", {shown} of {len(classes)} classes" if shown < len(classes) else ""
         for row, method in enumerate((tsne, pca)):
-            p = method(F.normalize(s["o"][some], dim=1)).tolist()
+            p = method(unit(s["o"][some])).tolist()
             axis = ("t-SNE", "PCA")[row]
             panel = Panel(picture, boxes[row * len(seen) + column], *spans(p), f"{name}{few}",
                           f"{axis} 1", f"{axis} 2")
@@ -287,7 +287,7 @@ def draw_space(seen, classes, path):
                 panel.mark(u, v, max(0, label))
             if column == len(seen) - 1 and classes:
                 panel.legend(classes[:shown])
-        p = tsne(F.normalize(torch.cat([s[v][one] for v in "oab"]), dim=1)).tolist()
+        p = tsne(unit(torch.cat([s[v][one] for v in "oab"]))).tolist()
         what = classes[y[0]] if classes else "50 images"
         panel = Panel(picture, boxes[2 * len(seen) + column], *spans(p),
                       f"{what}: originals and two views each", "t-SNE 1", "t-SNE 2")
@@ -305,7 +305,7 @@ def draw_similarity(seen, path):
     """How alike positive pairs, images of one class and images of different classes are: densities of cosines."""
     picture, boxes = sheet(len(seen), 1)
     for box, (name, s) in zip(boxes, seen.items()):
-        o, a, b = (F.normalize(s[v], dim=1) for v in "oab")
+        o, a, b = (unit(s[v]) for v in "oab")
         pairs, upper = o @ o.T, torch.ones(len(o), len(o)).triu(1).bool()
         same = s["y"][:, None] == s["y"]
         kinds = {"two views": (a * b).sum(1), "same class": pairs[upper & same], "other class": pairs[upper & ~same]}
@@ -471,7 +471,7 @@ def look(net, train, held, size, args, device):
                             for images in (train, source))  # `whole` has the rows of the first
     seen["query"] = candidates[torch.randperm(len(candidates), generator=data.seeded("queries", args.seed))[:8]]
     queries = extract(net, source, size, device, seen["query"], args.workers)[0]
-    near = neighbours(F.normalize(whole[0].float(), dim=1), F.normalize(queries, dim=1), 9)[1].cpu()
+    near = neighbours(unit(whole[0].float()), unit(queries), 9)[1].cpu()
     seen["near"] = readable[near[:, :8] if held is not None else near[:, 1:]]  # a training image is its own nearest
     return numbers, seen
 

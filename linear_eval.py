@@ -136,6 +136,11 @@ def pixels_of(size):
 
 # ------------------------------------------------------------------------------------------------------- the probes
 
+def unit(x):
+    """Rows of x (N, D) at length one, also a random EfficientNet's features near 1e-14, below F.normalize's usual eps."""
+    return F.normalize(x, dim=1, eps=1e-30)
+
+
 def neighbours(train_x, test_x, k):
     """The k nearest rows of train_x (N, D) to each of test_x (n, D): squared distances and rows (n, k), nearest first."""
     found = []
@@ -161,7 +166,7 @@ def vote(distance, labels, classes, temperature):
 
 def knn(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
     """Accuracy in % of the weighted k-nearest-neighbour vote on features of any length, normalized here."""
-    distance, near = neighbours(F.normalize(train_x, dim=1), F.normalize(test_x, dim=1), min(k, len(train_x)))
+    distance, near = neighbours(unit(train_x), unit(test_x), min(k, len(train_x)))
     guess = vote(distance, train_y[near], int(train_y.max()) + 1, temperature).argmax(1)
     return 100 * (guess == test_y).double().mean().item()
 
@@ -465,7 +470,7 @@ def main(argv=None):
         train_x, train_y = features(train_set, rows)
     if args.knn:
         test_x, test_y = features(test_set)
-        near = neighbours(F.normalize(train_x, dim=1), F.normalize(test_x, dim=1), min(200, len(train_x)))
+        near = neighbours(unit(train_x), unit(test_x), min(200, len(train_x)))
         for k in (1, 10, 20, 100, 200):
             for temperature in (0.07, 0.1, 0.2):
                 if k <= near[1].shape[1]:

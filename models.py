@@ -353,14 +353,20 @@ def read_backbone(path, arch=None):
         check_arch(arch)
     for prefix in PREFIXES:
         found = {k[len(prefix):]: v for k, v in state.items() if k.startswith(prefix) and isinstance(v, torch.Tensor)}
-        for name in ([arch] if arch else [n for n in ARCHS if n != "mobilenetv3"]) if found else []:
+        fits = {}  # ResNet-34 has all of ResNet-18's tensors and some more: the largest network that fits is meant
+        for name in [n for n in ARCHS if n != "mobilenetv3"] if found else []:
             for stem in ("imagenet", "small") if name.startswith("resnet") else (None,):  # the others' shapes don't show it
-                wanted = shapes(name, stem)
-                if all(k in found and found[k].shape == v for k, v in wanted.items()):
-                    dropped = [k for k in state if not (k.startswith(prefix) and k[len(prefix):] in wanted)]
-                    return ({k: found[k] for k in wanted},
-                            {k: known[k] for k in ("size", "data", "root", "classes") if k in known}
-                            | {"arch": name, "stem": stem or known.get("stem"), "dropped": dropped})
+                if all(k in found and found[k].shape == v for k, v in shapes(name, stem).items()):
+                    fits[len(shapes(name, stem))] = name, stem
+        if fits:
+            name, stem = fits[max(fits)]
+            if (arch or name) not in (name, name.removesuffix("_large")):
+                raise InputError(f"{path}: its weights are those of {name}, not of {arch}; name the right --arch")
+            wanted = shapes(name, stem)
+            dropped = [k for k in state if not (k.startswith(prefix) and k[len(prefix):] in wanted)]
+            return ({k: found[k] for k in wanted},
+                    {k: known[k] for k in ("size", "data", "root", "classes") if k in known}
+                    | {"arch": arch or name, "stem": stem or known.get("stem"), "dropped": dropped})
     raise InputError(f"{path}: its weights (such as {', '.join(list(state)[:2])}) are not those of "
                      f"{arch or 'any of ' + ', '.join(ARCHS)}; name the right --arch")
 

@@ -153,6 +153,15 @@ def test_read_backbone_formats(arch, tmp_path):
         models.read_backbone(file, "efficientnet_b0")
 
 
+def test_a_checkpoint_is_read_as_the_largest_network_that_fits(tmp_path):
+    for arch, part in (("resnet34", "resnet18"), ("efficientnet_b1", "efficientnet_b0"), ("mobilenetv3", None)):
+        torch.save(getattr(torchvision.models, TORCHVISION[arch])().state_dict(), tmp_path / "c.pt")
+        assert models.read_backbone(tmp_path / "c.pt")[1]["arch"].startswith(arch) and models.read_backbone(tmp_path / "c.pt", arch)[1]["arch"] == arch
+        if part:  # its tensors are all there
+            with pytest.raises(InputError, match=f"those of {arch}, not of {part}"):
+                models.read_backbone(tmp_path / "c.pt", part)
+
+
 class Attack:
     def __reduce__(self):
         return os.mkdir, ("attacked",)
@@ -892,6 +901,15 @@ def test_distances_between_views_and_within_classes_are_means_over_pairs():
     many = unit(2300, 5)  # several blocks
     assert analyze.uniformity(many).item() == pytest.approx(torch.pdist(many).square().mul(-2).exp().mean().log().item())
     assert analyze.uniformity(torch.ones(3, 4)).abs() < 1e-6
+
+
+def test_the_length_of_features_does_not_matter():
+    o, a, b, y = (v if v.dtype == torch.int64 else v.float() for v in sample())
+    tiny = [v * 2.0 ** -50 for v in (o, a, b)]
+    ours, theirs = analyze.instance_metrics(*tiny, y), analyze.instance_metrics(o, a, b, y)
+    assert ours.pop("oa_top") == theirs.pop("oa_top") and ours.pop("ab_top") == theirs.pop("ab_top") and ours == pytest.approx(theirs)
+    assert linear_eval.knn(tiny[0], y, tiny[1], y, k=5) == linear_eval.knn(o, y, a, y, k=5)
+    assert analyze.best_nn(tiny[0], y, tiny[1], y) == analyze.best_nn(o, y, a, y)
 
 
 def test_purity_and_best_nn_are_searches():

@@ -391,10 +391,10 @@ def verdict(name, results):
 
     The rule. Solved: acc@1 in mode a-b of at least 80 % on held-out images (on training images where none are held out),
     half solved from 50 %. Overfitted: it is above its held-out value by more than 5 points and by more than twice the
-    standard error of that difference. Over-clustered, beside another checkpoint: no worse at the pretext task (within
-    5 points) and tighter (lower intra-class alignment) or less spread (higher uniformity), yet best-NN or linear accuracy
-    is at least 2 points lower and the other not higher. On its own: the pretext task is at least half solved, and still
-    the mean distance within a class is over 80 % of that between classes.
+    standard error of that difference. Over-clustered can only be what has half solved it. Beside another checkpoint: no
+    worse at it (within 5 points) and tighter (lower intra-class alignment) or less spread (higher uniformity), yet best-NN
+    or linear accuracy is at least 2 points lower and the other not higher. On its own: the mean distance within a class is
+    over 80 % of that between classes.
     """
     r = results[name]
     seen, n = r.get("held-out") or r["train"], r["images"]
@@ -411,7 +411,7 @@ def verdict(name, results):
     beaten = []
     for other, s in results.items():
         t = s.get("held-out", {})
-        if other in (name, "pixels") or "ratio" not in t:
+        if ab < 50 or other in (name, "pixels") or "ratio" not in t:
             continue
         less = [t[k] - seen[k] for k in ("nn_normalized", "linear")]
         tighter = seen["intra"] < t["intra"] or seen["uniformity"] > t["uniformity"]

@@ -1019,6 +1019,8 @@ def test_verdicts():
     assert "solves the pretext task" in analyze.verdict("tight", both) and "does not overfit" in analyze.verdict("tight", both)
     assert "over-clusters beside good (best-NN +10.0, linear +10.0" in analyze.verdict("tight", both)
     assert "no over-clustering" in analyze.verdict("good", both)
+    early = {"tight": numbers(5, 5, intra=0.3, nn=40, linear=50), "good": numbers(6, 6)}
+    assert "no over-clustering" in analyze.verdict("tight", early)  # neither has solved anything yet
     assert "overfits it (train - held-out +30" in analyze.verdict("a", {"a": numbers(90, 60)}) and "half solves" in analyze.verdict("a", {"a": numbers(90, 60)})
     assert "over-clusters: images" in analyze.verdict("a", {"a": numbers(90, 90, ratio=0.9)})
     assert "does not solve" in analyze.verdict("a", {"a": numbers(20, 20, ratio=0.9)}) and "no over-clustering" in analyze.verdict("a", {"a": numbers(20, 20, ratio=0.9)})

@@ -467,12 +467,12 @@ def look(net, train, held, size, args, device):
             nn_k={space: k for space, (_, k) in nn.items()}, linear=measure(scores, test[1])["top1"],
             clusters=cluster_information(kmeans(test[0], 4 * classes, args.seed), test[1]).item())
     source = held if held is not None else train
-    readable, candidates = (torch.tensor([row for row in range(len(images)) if row not in images.bad])
-                            for images in (train, source))  # `whole` has the rows of the first
+    candidates = source.readable()
     seen["query"] = candidates[torch.randperm(len(candidates), generator=data.seeded("queries", args.seed))[:8]]
     queries = extract(net, source, size, device, seen["query"], args.workers)[0]
     near = neighbours(unit(whole[0].float()), unit(queries), 9)[1].cpu()
-    seen["near"] = readable[near[:, :8] if held is not None else near[:, 1:]]  # a training image is its own nearest
+    near = near[:, :8] if held is not None else near[:, 1:]  # a training image is its own nearest
+    seen["near"] = train.readable()[near]  # `whole` has only these rows
     return numbers, seen
 
 

@@ -251,6 +251,15 @@ class Images:
     def __len__(self):
         return len(self.labels)
 
+    def readable(self):
+        """The rows whose files have not turned out to be unreadable."""
+        return torch.tensor([row for row in range(len(self)) if row not in self.bad])
+
+    def leave_out(self, rows):
+        """Note that the files of `rows` are unreadable; their labels become unknown (-1)."""
+        self.bad |= set(rows)
+        self.labels[list(rows)] = -1
+
     def squares(self, rows, size):
         """The center squares of `rows`, (n, 3, R, R) uint8 on the CPU."""
         if self.paths is None:
@@ -268,8 +277,7 @@ class Images:
         for crops, unreadable in loader:
             new = {row for row in unreadable.tolist() if row >= 0} - self.bad
             report_unreadable([self.paths[row] for row in sorted(new)])
-            self.bad |= new
-            self.labels[list(new)] = -1
+            self.leave_out(new)
             yield [c.to(device, non_blocking=True) for c in crops]
 
 

@@ -124,8 +124,7 @@ def extract(net, images, size, device, rows=None, workers=2, memory=None, u=None
         there = slice(256 * world * i, 256 * world * i + len(z))
         x[there], good[there] = z[:, :-1].to(x.dtype), z[:, -1].bool().cpu()
         progress(lambda: f"features {100 * (i + 1) // rounds} %, {(time.time() - start) * (rounds / (i + 1) - 1):.0f} s left")
-    images.labels[rows[~good]] = -1
-    images.bad |= set(rows[~good].tolist())  # what another process met
+    images.leave_out(rows[~good].tolist())  # what another process met, too
     return (x, images.labels[rows].to(device)) if good.all() else (x[good.to(x.device)], images.labels[rows[good]].to(device))
 
 

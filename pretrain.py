@@ -595,13 +595,12 @@ def main(argv=None):
             check(step, done)
             return *history[:done].mean(0).tolist(), (step + 1 - epoch_first) * args.batch / (time.time() - epoch_start)
 
-        def line():
-            loss, accuracy, _, speed = so_far()
+        def line(loss, accuracy, alike, speed):
             left = (steps - step - 1) * args.batch / speed
             return (f"epoch {epoch}/{-(-steps // epoch_steps)}  loss {loss:.3f}  instance accuracy {100 * accuracy:.1f} %  "
                     f"{speed:.0f} images/s  {int(left // 60)}:{int(left % 60):02} left")
 
-        progress(line)
+        progress(lambda: line(*so_far()))
         ended = done == epoch_steps or step + 1 == steps
         due = agree(2 if stop else time.time() - saved > 60 * args.save_every) if world == 1 or step % 10 == 9 else 0
         if not (ended or due):
@@ -615,7 +614,7 @@ def main(argv=None):
                 dist.broadcast(buffer, 0)
             entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy, query_similarity=alike,
                          lr=optimizer.param_groups[0]["lr"], images_per_s=speed)
-            shown = line()
+            shown = line(loss, accuracy, alike, speed)
             if epoch % args.knn_every == 0 or step + 1 == steps:
                 moco.eval()
                 entry |= judge(moco.encoder_q.backbone, train, test, args, device, linear=False)

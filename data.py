@@ -1,20 +1,32 @@
 """Images in, two views out.
 
-    train, test, size = load("fractals", seed=0)           # or cifar10, cifar100, stl10, caltech101, or any folder of images
-    rows, u, perm = schedule(len(train), batch=64, seed=0, step=0)
-    views = augment(train.pixels[rows], u[0], size)        # (64, 3, size, size), normalized, channels_last
+    train, test, size = load("fractals")             # or cifar10, cifar100, stl10, or any folder
+    rows, u, order = schedule(len(train), batch=64, seed=0, step=0)
+    pixels, shapes = train.put(*train.fetch(rows))
+    views = augment(pixels, u[0], size, shapes=shapes)  # (64, 3, size, size), normalized
 
-A data set that fits is decoded once into one uint8 tensor on the device and never touched by a worker again; a
-larger one is streamed. Every random number is drawn by `schedule` from (seed, epoch, step) on the CPU, so the same
-seed gives the same views on every device, on any number of processes, and after a restart.
+A data set is one uint8 tensor: on the device if it fits, else a memory-mapped file. A folder is
+decoded into such a file once. All random numbers of a step are drawn by `schedule` from (seed,
+step) on the CPU: a seed gives the same views on any device, on any number of processes, and after a
+restart.
+
+Read it from top to bottom: augmentation, the schedule, data sets, then processes and files.
 """
 import ctypes
+import fcntl
+import hashlib
+import json
 import math
 import os
+import shutil
 import sys
 import time
+import warnings
 import zlib
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache, lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -23,544 +35,666 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from models import InputError
+# ------------------ 1. augmentation: a function of a batch of images and of uniform random numbers
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as everywhere, so that weights can be exchanged
+# ImageNet's mean and deviation, as everywhere, so that weights can be exchanged
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]  # of RGB
 
+# A view needs 32 uniform numbers. What each is for: ten attempts at a crop, then one number each.
+AREA = slice(0, 10)
+RATIO = slice(10, 20)
+(TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA,
+ HIDE) = range(20, 32)
+COLUMNS = 32
+CELLS = 16 * 16  # hide-and-seek needs one more for each cell of its finest grid
 
-def rank_world():
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blur=0.5, shapes=None):
+    """MoCo v2's augmentation (Chen et al. 2020) of images (n, 3, S, S) uint8.
 
+    Random resized crop of area `crop`; flip, p 0.5; with p 0.8 jitter of brightness, contrast and
+    saturation within 1 +- `jitter` and of hue within +- `hue` turns; grayscale with p `gray`;
+    Gaussian blur with p `blur` and sigma 0.1..2.0 pixels at 224, scaled with `size`. `u` (n,
+    COLUMNS) holds the uniform numbers of each view; with CELLS columns more, hide-and-seek is the
+    last step. `shapes` (n, 2) are the images' heights and widths before they were stored as
+    squares. -> views (n, 3, size, size), normalized by MEAN and STD, channels_last.
 
-def start(name):
-    """The device `name` (auto: the first there is), and under torchrun this process's one and its process group."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
-    if name == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # glibc gives large tensors back to the kernel, which clears their pages at the next use: at 224 pixels half of a step.
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)  # M_MMAP_MAX: none apart; M_TRIM_THRESHOLD: keep what was freed
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def gather(x):
-    """The rows of all processes' `x`, which have one shape, in the order of the processes."""
-    if not dist.is_initialized():
-        return x
-    out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
-    return out
-
-
-def save(path, content, keep=None):
-    """Write a text or a torch file under a temporary name, then rename it: a reader, and a machine that dies, finds the old
-    file or the new one, never half a file. The old one is kept as `keep`. Raises OSError if it can't be written."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode()) if isinstance(content, str) else torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch calls a full disk by many names
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written; is the disk full? ({str(error).splitlines()[0]})") from None
-    if keep and Path(path).exists():
-        os.replace(path, keep)
-    os.replace(temporary, path)
-
-
-def seeded(*key):
-    """A CPU generator that is a function of `key`; torch uses 32 bits of a seed, so the key is hashed to 32."""
-    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
-
-
-class Progress:
-    """One live line on a terminal, else a plain line every 20 seconds; the first process speaks for all."""
-
-    def __init__(self, every=20):
-        self.live, self.last = sys.stdout.isatty(), time.time()
-        self.every = 0.1 if self.live else every
-
-    def __call__(self, line, end=False):
-        """Show `line()` (made only when it is shown) if it is time to, or `end` the live line with it."""
-        if rank_world()[0] == 0 and (end or time.time() - self.last > self.every):
-            self.last = time.time()
-            print(f"\r\033[K{line()}" if self.live else line(), end="" if self.live and not end else "\n", flush=True)
-
-
-# ------------------------------------------------------------------------------------------ the embedded data set
-
-def fractals(n, seed, size=32, classes=64, points=1600):
-    """`n` drawings of `classes` iterated function systems (Barnsley 1988): images (n, size, size, 3) uint8, labels (n,).
-
-    A class is a system of 2 to 4 contractive affine maps; the systems are the same for every seed. An image is its
-    class's system a little perturbed, in its own pose, zoom, place and light, mirrored or not, in one ink on one paper: if images
-    differed in color, that would be the cheapest way to tell them apart, and all that contrastive learning learned; and
-    the paper is black, since jitter of a bright one would drown a random network's view of the drawing.
-    The chaos game draws all images at once: 16 points of each jump along randomly chosen maps.
+    All but clipping and hiding is linear: a matrix on the rows, one on the columns, one on the
+    colors. (So blur comes before clipping here, not after it.)
     """
-    def turn(t):
-        return np.stack([np.cos(t), -np.sin(t), np.sin(t), np.cos(t)], -1).reshape(*t.shape, 2, 2).astype(np.float32)
+    n, _, side, _ = images.shape
+    if shapes is None:
+        shapes = u.new_full((n, 2), side)
+    box = crop_boxes(u, shapes[:, 0], shapes[:, 1], crop)
+    sigma = None
+    if blur > 0:
+        sigma = torch.where(u[:, BLUR] < blur, (0.1 + 1.9 * u[:, SIGMA]) * size / 224, 0)
+    x = cut(images, box, shapes, size, u[:, FLIP] < 0.5, sigma)
 
-    def play(A, b, p, rng, count):  # A (N, 4, 2, 2), b (N, 4, 2), p (N, 4): cumulative probabilities of the maps
-        x, rows, path = np.zeros((len(A), 16, 2), np.float32), np.arange(len(A))[:, None], []
-        for step in range(count // 16 + 10):  # the first 10 jumps only lead onto the attractor
-            k = (rng.random((len(A), 16, 1), np.float32) > p[:, None]).sum(2)
-            x = (A[rows, k] * x[:, :, None]).sum(3) + b[rows, k]
-            path.append(x)
-        return np.concatenate(path[10:], 1)
+    jittered = (u[:, JITTER] < 0.8).float()
+    lowest = (1 - jitter * jittered).clamp(min=0)
+    highest = 1 + jitter * jittered
+    saturation = torch.lerp(lowest, highest, u[:, SATURATION])
+    on_pixel, on_mean = color_matrix(
+        brightness=torch.lerp(lowest, highest, u[:, BRIGHTNESS]),
+        contrast=torch.lerp(lowest, highest, u[:, CONTRAST]),
+        saturation=torch.where(u[:, GRAY] < gray, 0, saturation),
+        hue=hue * jittered * (2 * u[:, HUE] - 1))
 
-    def count(x, side):  # points in the unit square (N, P, 2) -> hits of each cell (N, side, side)
-        cell = np.floor(x * side).astype(np.int64)
-        index = (np.arange(len(x))[:, None] * side + cell[..., 1]) * side + cell[..., 0]
-        inside = ((cell >= 0) & (cell < side)).all(2)
-        return np.bincount(index[inside], minlength=len(x) * side * side).reshape(len(x), side, side)
-
-    rng, found = np.random.default_rng(1988), []
-    while sum(map(len, found)) < classes:  # draw systems; keep those that are neither sparse, nor solid, nor a line
-        s = rng.uniform(0.2, 0.85, (512, 2, 4)).astype(np.float32)
-        A = turn(rng.uniform(-np.pi, np.pi, (512, 4))) * s[:, 0, :, None, None]
-        A[..., 1] *= (s[:, 1] / s[:, 0])[..., None]
-        A = A @ turn(rng.uniform(-np.pi, np.pi, (512, 4)))
-        b = rng.uniform(-1, 1, (512, 4, 2)).astype(np.float32)
-        p = np.where(np.arange(4) < rng.integers(2, 5, (512, 1)), s.prod(1), 0).cumsum(1)
-        p /= p[:, -1:]
-        x = play(A, b, p, rng, points)
-        low, high = np.percentile(x, (2, 98), axis=1).astype(np.float32)
-        middle, extent = (low + high) / 2, (high - low).max(1)
-        fill = (count((x - middle[:, None]) / extent[:, None, None] * 0.9 + 0.5, 32) > 0).mean((1, 2))
-        good = (fill > 0.2) & (fill < 0.5) & ((high - low).min(1) > 0.4 * extent)
-        found.append([np.concatenate([v.reshape(512, -1) for v in (A, b, p, middle, extent)], 1)[good]][0])
-    table = np.concatenate(found)[:classes]
-
-    rng, labels = np.random.default_rng([1989, seed]), np.arange(n) % classes
-    A, b, p, middle, extent = np.split(table[labels], [16, 24, 28, 30], 1)
-    A = A.reshape(n, 4, 2, 2) + rng.normal(0, 0.02, (n, 4, 2, 2)).astype(np.float32)
-    A *= np.minimum(1, 0.9 / np.linalg.norm(A, 2, (2, 3), keepdims=True))  # stay contractive
-    b = b.reshape(n, 4, 2) + rng.normal(0, 0.02, (n, 4, 2)).astype(np.float32)
-    x = (play(A, b, p, rng, points) - middle[:, None]) / extent[:, None]
-    x = x @ turn(rng.uniform(-0.35, 0.35, n)) * rng.uniform(0.6, 1.0, (n, 1, 1)) + rng.uniform(0.32, 0.68, (n, 1, 2))
-    x[..., 0] = np.where(rng.random((n, 1)) < 0.5, x[..., 0], 1 - x[..., 0])
-    hits = count(x, 2 * size)  # twice the resolution, so that the edges come out smooth
-    ink = (1 - np.exp(-2 * size * size * hits / points)).reshape(n, size, 2, size, 2).mean((2, 4))[..., None]
-    light = rng.uniform(0.6, 1.0, (n, 1, 1, 1))
-    picture = (np.array([0.04, 0.05, 0.08]) * (1 - ink) + np.array([0.55, 0.95, 0.65]) * ink) * light
-    return (255 * picture.clip(0, 1)).astype(np.uint8), labels
-
-
-# ------------------------------------------------------------------------------------------------ files of images
-
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif"}
-UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> Image.Transpose that undoes it
-
-
-def to_rgb(image):
-    """Any PIL image as RGB: high bit depths are scaled instead of clipped, transparency shows white paper."""
-    if image.mode[0] in "IF":  # 16- and 32-bit integers, floats
-        gray = np.asarray(image, np.float32)
-        top = gray.max()
-        return Image.fromarray((gray * (255 if top <= 1 else 1 if top <= 255 else 1 / 257)).clip(0, 255)
-                               .astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def decode(path, *cuts):
-    """Read a file and cut it: for each of `cuts`, (size, u, scale), the random crops of area `scale` that the uniforms
-    u (V, 22) say, or the center square if u is None: a list of (V, 3, size, size) uint8.
-
-    Resampling is PIL's antialiased bilinear. A JPEG is decoded at 1/2, 1/4 or 1/8 where the crops' resolution allows.
-    A rotation noted by the camera turns the small crops, not the large picture. Raises whatever PIL raises.
-    """
-    with Image.open(path) as image:
-        w, h = image.size
-        side = min(h, w)
-        square = [((h - side) / 2, (w - side) / 2, side, side)]
-        boxes = [square if u is None else crop_boxes(u, h, w, scale).tolist() for _, u, scale in cuts]
-        shrink = min(min(box[2:]) / size for (size, _, _), group in zip(cuts, boxes) for box in group)
-        image.draft(None, (int(w / max(shrink, 1)), int(h / max(shrink, 1))))
-        fy, fx = image.size[1] / h, image.size[0] / w
-        turn = UPRIGHT.get(image.getexif().get(0x0112))
-        image, found = to_rgb(image), []
-        for (size, _, _), group in zip(cuts, boxes):
-            crops = [image.resize((size, size), Image.BILINEAR, (x * fx, y * fy, (x + cw) * fx, (y + ch) * fy), reducing_gap=2)
-                     for y, x, ch, cw in group]
-            crops = crops if turn is None else [crop.transpose(turn) for crop in crops]
-            found.append(torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2))
-        return found
-
-
-def attempt(path, *cuts):
-    """`decode`, or None for a file that is no readable image."""
-    try:
-        return decode(path, *cuts)
-    except Exception:  # PIL raises anything from OSError to struct.error on damaged files
-        return None
-
-
-class Stream(torch.utils.data.Dataset):
-    """Decodes in the loader's workers: an item is a row and the uniforms of its views (V, columns), which `cuts`, (number,
-    size, scale), share out; or a row alone for its center square -> crops of each cut, and the row if unreadable, else -1."""
-
-    def __init__(self, paths, cuts):
-        self.paths, self.cuts = paths, cuts
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, item):
-        row, u = item if isinstance(item, tuple) else (item, None)
-        groups = [None] if u is None else u[:sum(n for n, _, _ in self.cuts)].split([n for n, _, _ in self.cuts])
-        cuts = [(size, group, scale) for (_, size, scale), group in zip(self.cuts, groups)]
-        for i in range(row, row + len(self.paths)):  # an unreadable file is replaced by the next one that is readable
-            crops = attempt(self.paths[i % len(self.paths)], *cuts)
-            if crops is not None:
-                return crops, row if i > row else -1
-        raise InputError("no readable image is left")
-
-
-def scan(folder):
-    """The image files under `folder`, sorted, and the first folder below `folder` in which each lies ("" if none)."""
-    found, seen = [], {os.path.realpath(folder)}
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(here, f)) not in seen)  # links may form a loop
-        seen |= {os.path.realpath(os.path.join(here, f)) for f in folders}
-        inner = Path(here).relative_to(folder).parts
-        found += [(os.path.join(here, f), inner[0] if inner else "") for f in sorted(files)
-                  if os.path.splitext(f)[1].lower() in EXTENSIONS and not f.startswith(".")]
-    return found
-
-
-@dataclass
-class Images:
-    """A set of images: `labels` (N,) int64 with -1 for unknown, and `pixels` (N, 3, R, R) uint8, or None and `paths`."""
-    labels: torch.Tensor
-    classes: list
-    pixels: torch.Tensor = None
-    paths: list = None
-    bad: set = field(default_factory=set)  # rows of unreadable files
-
-    def __len__(self):
-        return len(self.labels)
-
-    def readable(self):
-        """The rows whose files have not turned out to be unreadable."""
-        return torch.tensor([row for row in range(len(self)) if row not in self.bad])
-
-    def leave_out(self, rows):
-        """Note that the files of `rows` are unreadable; their labels become unknown (-1)."""
-        self.bad |= set(rows)
-        self.labels[list(rows)] = -1
-
-    def squares(self, rows, size):
-        """The center squares of `rows`, (n, 3, R, R) uint8 on the CPU."""
-        if self.paths is None:
-            return self.pixels[rows.to(self.pixels.device)].cpu()
-        return torch.cat([Stream(self.paths, [(1, size, None)])[row][0][0] for row in rows.tolist()])
-
-    def stream(self, items, device, workers, cuts):
-        """For each of `items`, a list of what `Stream` takes: for each of `cuts` uint8 crops (n, V, 3, size, size).
-
-        A file that turns out to be unreadable is named once, and its label becomes unknown (-1).
-        """
-        loader = torch.utils.data.DataLoader(
-            Stream(self.paths, cuts), batch_sampler=items, num_workers=workers, pin_memory=device.type == "cuda",
-            generator=seeded("workers"))  # else it would draw from the numbers that dropout draws from
-        for crops, unreadable in loader:
-            new = {row for row in unreadable.tolist() if row >= 0} - self.bad
-            report_unreadable([self.paths[row] for row in sorted(new)])
-            self.leave_out(new)
-            yield [c.to(device, non_blocking=True) for c in crops]
-
-
-def load_folder(folder, size, device, stream, workers, per_class=None):
-    """Train and held-out Images of a folder: train/CLASS/* with val/ or test/, CLASS/*, or images without labels.
-
-    Without val/ or test/ every tenth labelled image is held out, or all but `per_class` of each class; without labels
-    nothing is.
-    """
-    if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder, and not one of fractals, cifar10, cifar100, stl10, caltech101")
-    parts = [folder / "train"] if (folder / "train").is_dir() else [folder]
-    parts += [folder / held for held in ("val", "test") if parts[0] != folder and (folder / held).is_dir()][:1]
-    found = [scan(part) for part in parts]
-    if not found[0]:
-        raise InputError(f"--data {parts[0]}: no image in it (looked for {' '.join(sorted(EXTENSIONS))})")
-    classes = sorted({name for _, name in found[0]})
-    if "" in classes or len(classes) < 2:  # images beside the folders, or a single folder: no labels
-        classes, found = [], found[:1]
-    elif per_class:
-        classes = [name for name in classes if name != "BACKGROUND_Google"]  # Caltech-101's, which torchvision leaves out, too
-        groups = [[f for f in found[0] if f[1] == name] for name in classes]
-        orders = [torch.randperm(len(g), generator=seeded("split", name)).tolist() for g, name in zip(groups, classes)]
-        found = [[g[i] for g, order in zip(groups, orders) for i in sorted(order[part])]
-                 for part in (slice(per_class), slice(per_class, None))]
-    elif len(found) == 1:
-        found = [[f for i, f in enumerate(found[0]) if i % 10 != 9], found[0][9::10]]
-    elif {name for _, name in found[1]} - set(classes):
-        extra = sorted({name for _, name in found[1]} - set(classes))
-        raise InputError(f"--data {parts[1]}: class {extra[0]} is not in {parts[0]}")
-
-    sides = []  # the resolution to work at, and to keep in memory, comes from a sample of the headers
-    for path, _ in found[0][::max(1, len(found[0]) // 200)]:
-        try:
-            with Image.open(path) as image:
-                sides.append(min(image.size))
-        except Exception:
-            continue
-    side = int(np.median(sides)) if sides else 32
-    size = size or min(224, max(32, side // 32 * 32))
-    keep = min(max(size, side), size * 3 // 2)  # some reserve, so that a crop of the resident copy is seldom enlarged
-    needed, free = sum(map(len, found)) * 3 * keep * keep, free_memory(device)
-    if stream == "auto":
-        stream = "on" if needed > free / 2 else "off"
-        say(f"{needed / 1e9:.2f} GB of pixels at {keep}x{keep}, {free / 1e9:.1f} GB free: "
-            + ("streamed from disk" if stream == "on" else "decoded once, kept in memory"))
-    index = {name: i for i, name in enumerate(classes)}
-    sets = []
-    for files in found:
-        labels = torch.tensor([index.get(name, -1) for _, name in files])
-        images = Images(labels, classes, paths=[path for path, _ in files])
-        sets.append(images if stream == "on" else decode_all(images, keep, device, workers))
-    if len(sets[0]) == 0:
-        raise InputError(f"--data {folder}: none of its {len(found[0])} image files is readable")
-    return sets[0], sets[1] if len(sets) > 1 else None, size
-
-
-def free_memory(device):
-    """Bytes free for this process on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except OSError:  # not Linux
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def decode_all(images, side, device, workers):
-    """The same Images with `pixels` (N, 3, side, side) on the device; unreadable files are left out and named.
-
-    Each process decodes its share; the sum over processes of what is zero elsewhere is the whole.
-    """
-    rank, world = rank_world()
-    pixels = torch.zeros(len(images), 3, side, side, dtype=torch.uint8)
-    good = torch.zeros(len(images), dtype=torch.uint8)
-    mine, progress, start = range(rank, len(images), world), Progress(), time.time()
-    with ThreadPool(max(1, workers)) as pool:  # PIL decodes outside of Python's lock
-        for done, (i, crop) in enumerate(zip(mine, pool.imap(lambda i: attempt(images.paths[i], (side, None, None)), mine)), 1):
-            if crop is not None:
-                pixels[i], good[i] = crop[0][0], 1
-            progress(lambda: f"decoding {done}/{len(mine)} images, {done / (time.time() - start):.0f} a second")
-    pixels, good = pixels.to(device), good.to(device)
-    if world > 1:
-        dist.all_reduce(pixels), dist.all_reduce(good)
-    good = good.cpu().bool()
-    if rank == 0:
-        report_unreadable([path for path, fine in zip(images.paths, good.tolist()) if not fine])
-    return Images(images.labels[good], images.classes, pixels if good.all() else pixels[good.to(device)])
-
-
-def report_unreadable(paths):
-    if paths:
-        print(f"skipped {len(paths)} unreadable file{'s' * (len(paths) > 1)}: {', '.join(map(str, paths[:5]))}"
-            + (f" and {len(paths) - 5} more" if len(paths) > 5 else ""), flush=True)  # by the process that met them
-
-
-def say(line):
-    if rank_world()[0] == 0:
-        print(line, flush=True)
-
-
-def load(name, root="data", size=None, seed=0, device="cpu", stream="auto", workers=2):
-    """(train, test, size) for --data `name`; `test` is None without labels, `size` is picked from the images if None."""
-    device = torch.device(device)
-    if name == "fractals":
-        start, size = time.time(), size or 32
-        arrays = [(*fractals(n, split, size), [f"fractal {i}" for i in range(64)]) for split, n in enumerate((5120, 1280))]
-        say(f"drew 5,120 + 1,280 fractals of 64 kinds in {time.time() - start:.1f} s")
-    elif name in ("cifar10", "cifar100", "stl10"):
-        from torchvision import datasets
-        kind = getattr(datasets, name.upper())
-        splits = [dict(split="train+unlabeled"), dict(split="test")] if name == "stl10" else [dict(train=True), dict(train=False)]
-        if rank_world()[0] == 0:  # one process downloads, the others wait and then find the files
-            [kind(root, download=True, **split) for split in splits]
-        if dist.is_initialized():
-            dist.barrier()
-        arrays = []
-        for split in splits:
-            part = kind(root, **split)
-            pixels = part.data if name != "stl10" else part.data.transpose(0, 2, 3, 1)
-            arrays.append((pixels, part.labels if name == "stl10" else part.targets, list(part.classes)))
-        size = size or arrays[0][0].shape[1]
-    elif name == "caltech101":
-        folder = Path(root) / "caltech101/101_ObjectCategories"
-        if rank_world()[0] == 0:
-            from torchvision import datasets
-            datasets.Caltech101(root, download=True)
-        if dist.is_initialized():
-            dist.barrier()
-        return load_folder(folder, size, device, stream, workers, per_class=30)  # the split that is usually reported
-    else:
-        return load_folder(Path(name), size, device, stream, workers)
-    train, test = (Images(torch.as_tensor(y).long(), classes, torch.from_numpy(x).permute(0, 3, 1, 2).contiguous().to(device))
-                   for x, y, classes in arrays)
-    return train, test, size
-
-
-# ------------------------------------------------------------------------------- augmentation, batched on the device
-
-COLUMNS, CELLS = 32, 256  # uniform numbers a view needs; hide-and-seek's grid needs 16 x 16 more
-
-
-def crop_boxes(u, height, width, scale):
-    """Random resized crop (Szegedy et al. 2015): boxes (n, 4) of top, left, height, width for uniforms u (n, >= 22).
-
-    Ten attempts at an area in `scale` and an aspect ratio in 3/4..4/3; the first that fits counts, else the largest
-    centered box within those ratios: torchvision's RandomResizedCrop, all images at once.
-    """
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, :10])
-    ratio = torch.exp((2 * u[:, 10:20] - 1) * math.log(4 / 3))
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
-    first = fits.int().argmax(1, keepdim=True)
-    w, h, fits = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], fits.any(1)
-    h = torch.where(fits, h, min(height, max(1, round(width * 4 / 3))))
-    w = torch.where(fits, w, min(width, max(1, round(height * 4 / 3))))
-    top = torch.where(fits, (u[:, 20] * (height - h + 1)).floor(), ((height - h) / 2).floor())
-    left = torch.where(fits, (u[:, 21] * (width - w + 1)).floor(), ((width - w) / 2).floor())
-    return torch.stack([top, left, h, w], 1)
-
-
-def resampling(start, length, source, size, flip=None, sigma=None):
-    """Matrices (n, size, source) that cut `length` pixels from `start`, resize, flip (n,) and blur (n,) one axis.
-
-    Antialiased bilinear resizing is a triangle filter as wide as the shrinkage; a Gaussian blur of `sigma` output
-    pixels is a softmax over squared distances, which at the borders renormalizes where others reflect. Both are
-    linear, so one product of an image with its row and its column matrix does them all.
-    """
-    start, length = start[:, None, None], length[:, None, None]
-    i, j = torch.arange(size, device=start.device), torch.arange(source, device=start.device)
-    stride = length / size
-    center = start + (i[:, None] + 0.5) * stride - 0.5
-    if flip is not None:
-        center = torch.where(flip[:, None, None], center.flip(1), center)
-    matrix = (1 - (center - j).abs() / stride.clamp(min=1)).clamp_(min=0) * ((j >= start) & (j < start + length))
-    matrix /= matrix.sum(2, keepdim=True)
-    if sigma is not None:
-        power = (i[:, None] - i) ** 2 / (2 * sigma[:, None, None].clamp(min=1e-3) ** 2)
-        blur = (-power).masked_fill(power > 20, -math.inf).softmax(2)  # a tail of denormals would be slow, not sharper
-        matrix = blur @ matrix
-    return matrix
-
-
-YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])  # of RGB
-
-
-def color_matrix(brightness, contrast, saturation, hue):
-    """Color jitter as one matrix: (n,) factors and hue angle in turns -> (n, 3, 3) on a pixel and (n, 3, 3) on the
-    view's mean pixel; the jittered pixel is their sum.
-
-    In YIQ, brightness scales everything, contrast moves luma towards its mean and scales chroma, saturation scales
-    chroma and hue turns it: all four commute, so torchvision's random order has nothing to choose (but for its
-    clipping between the steps). Brightness, contrast and saturation (0: grayscale) are torchvision's; hue turns
-    chroma and keeps luma, as TensorFlow's adjust_hsv_in_yiq and DALI do, where torchvision turns HSV's hue and keeps
-    value.
-    """
-    turn, luma, chroma = 2 * math.pi * hue, brightness * contrast, brightness * contrast * saturation
-    on_pixel = torch.zeros(len(turn), 3, 3, device=turn.device)
-    on_pixel[:, 0, 0] = luma
-    on_pixel[:, 1, 1] = on_pixel[:, 2, 2] = chroma * turn.cos()
-    on_pixel[:, 2, 1] = chroma * turn.sin()
-    on_pixel[:, 1, 2] = -on_pixel[:, 2, 1]
-    on_mean = torch.zeros_like(on_pixel)
-    on_mean[:, 0, 0] = brightness - luma
-    to_yiq = YIQ.to(turn.device)
-    to_rgb = torch.linalg.inv(YIQ).to(turn.device)
-    return to_rgb @ on_pixel @ to_yiq, to_rgb @ on_mean @ to_yiq
-
-
-def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blur=0.5):
-    """MoCo v2's augmentation of a batch (Chen et al. 2020b), a function of images (n, 3, H, W) uint8 and uniforms u.
-
-    Random resized crop of area `crop` (None: `images` are crops already), flip p 0.5; p 0.8 color jitter of brightness,
-    contrast, saturation in 1 +- `jitter` and hue in +- `hue` turns; grayscale p `gray`; Gaussian blur p `blur` with
-    sigma 0.1..2.0 pixels at 224, scaled with `size`; and, where u has its columns, hide-and-seek. u is (n, COLUMNS) or
-    (n, COLUMNS + CELLS) in [0, 1). Returns (n, 3, size, size) float32, normalized by MEAN and STD, channels_last.
-
-    All but clipping and hiding is linear: rows, columns, color. (So blur comes before clipping here, not after.)
-    """
-    n, _, height, width = images.shape
-    apply, b, c, s, h, gray_u, blur_u, sigma, level = u[:, 23:COLUMNS].T
-    box = crop_boxes(u, height, width, crop) if crop else u.new_tensor([0, 0, height, width]).expand(n, 4)
-    sigma = torch.where(blur_u < blur, (0.1 + 1.9 * sigma) * size / 224, 0) if blur else None
-    rows = resampling(box[:, 0], box[:, 2], height, size, None, sigma)
-    columns = resampling(box[:, 1], box[:, 3], width, size, u[:, 22] < 0.5, sigma)
-    x = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)  # (n, H, 3, W)
-    x = rows @ x.view(n, height, 3 * width)
-    x = x.view(n, size * 3, width) @ columns.mT
-    x = x.view(n, size, 3, size).transpose(1, 2).reshape(n, 3, size * size)
-
-    strength = jitter * (apply < 0.8)  # 0 leaves the image as it is
-    factor = [1 + strength * (2 * v - 1) if jitter <= 1 else (1 - strength).clamp(min=0) * (1 - v) + (1 + strength) * v
-              for v in (b, c, s)]
-    on_pixel, on_mean = color_matrix(factor[0], factor[1], torch.where(gray_u < gray, 0, factor[2]),
-                                     hue * (apply < 0.8) * (2 * h - 1))
-    mean, std = x.new_tensor(MEAN)[:, None], x.new_tensor(STD)[:, None]
+    mean, std, _, _ = constants(x.device)
     shift = on_mean @ x.mean(2, keepdim=True) / 255 - mean  # normalizing is linear in color, too
     x = torch.baddbmm(shift / std, on_pixel / (255 * std), x)
     x = x.clamp_(-mean / std, (1 - mean) / std)
     x = x.view(n, 3, size, size).contiguous(memory_format=torch.channels_last)
-    return hide_and_seek(x, level, u[:, COLUMNS:].view(n, 16, 16)) if u.shape[1] > COLUMNS else x
+    if u.shape[1] > COLUMNS:
+        x = hide_and_seek(x, u[:, HIDE], u[:, COLUMNS:].view(n, 16, 16))
+    return x
 
+def center(images, size, shapes=None):
+    """Evaluation's view, the center square of (n, 3, S, S) uint8: (n, 3, size, size),
+    normalized."""
+    n, _, side, _ = images.shape
+    if shapes is None:
+        shapes = torch.full((n, 2), float(side), device=images.device)
+    shortest = shapes.amin(1, keepdim=True).expand(n, 2)
+    box = torch.cat([(shapes - shortest) / 2, shortest], dim=1)
+    mean, std, _, _ = constants(images.device)
+    x = (cut(images, box, shapes, size) / 255 - mean) / std
+    return x.view(n, 3, size, size).contiguous(memory_format=torch.channels_last)
+
+@cache
+def constants(device):
+    """Mean and deviation (3, 1), RGB -> YIQ and back (3, 3), on the device once."""
+    yiq = torch.tensor(YIQ)
+    mean = torch.tensor(MEAN)[:, None]
+    std = torch.tensor(STD)[:, None]
+    return mean.to(device), std.to(device), yiq.to(device), torch.linalg.inv(yiq).to(device)
+
+def crop_boxes(u, heights, widths, scale):
+    """Random resized crop (Szegedy et al. 2015) of images of `heights` and `widths` (n,).
+
+    -> boxes (n, 4): top, left, height, width. Of ten attempts at an area in `scale` and an aspect
+    ratio in 3/4..4/3 the first that fits counts, else the largest centered box within those ratios:
+    torchvision's RandomResizedCrop, for all images at once.
+    """
+    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, AREA])
+    ratio = torch.exp((2 * u[:, RATIO] - 1) * math.log(4 / 3))
+    w = (area * ratio).sqrt().round()
+    h = (area / ratio).sqrt().round()
+    fits = (w > 0) & (h > 0) & (w <= widths[:, None]) & (h <= heights[:, None])
+    first = fits.int().argmax(1, keepdim=True)
+    any_fits = fits.any(1)
+    largest_h = torch.minimum(heights, (widths * 4 / 3).round().clamp(min=1))
+    largest_w = torch.minimum(widths, (heights * 4 / 3).round().clamp(min=1))
+    h = torch.where(any_fits, h.gather(1, first)[:, 0], largest_h)
+    w = torch.where(any_fits, w.gather(1, first)[:, 0], largest_w)
+    top = torch.where(any_fits, u[:, TOP] * (heights - h + 1), (heights - h) / 2).floor()
+    left = torch.where(any_fits, u[:, LEFT] * (widths - w + 1), (widths - w) / 2).floor()
+    return torch.stack([top, left, h, w], 1)
+
+def cut(images, box, shapes, size, flip=None, sigma=None):
+    """A box (n, 4) of each image (n, 3, S, S), resized, flipped and blurred: (n, 3, size * size).
+
+    A box counts the pixels of the original (`shapes`), of which the image is a resized copy.
+    """
+    n, _, side, _ = images.shape
+    scale = side / shapes  # (n, 2): stored pixels per original pixel
+    rows = resampling(box[:, 0] * scale[:, 0], box[:, 2] * scale[:, 0], side, size, None, sigma)
+    columns = resampling(box[:, 1] * scale[:, 1], box[:, 3] * scale[:, 1], side, size, flip, sigma)
+    x = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    x = rows @ x.view(n, side, 3 * side)  # (n, size, 3 * side)
+    x = x.view(n, size * 3, side) @ columns.mT  # (n, size * 3, size)
+    return x.view(n, size, 3, size).transpose(1, 2).reshape(n, 3, size * size)
+
+def resampling(start, length, source, size, flip=None, sigma=None):
+    """Matrices (n, size, source) that cut `length` pixels from `start` out of an axis, resize, flip
+    and blur it; start, length, flip and sigma are (n,).
+
+    Antialiased bilinear resizing is a triangle filter as wide as the shrinkage. A Gaussian blur of
+    `sigma` output pixels is a softmax over squared distances; at the borders it renormalizes.
+    """
+    start = start[:, None, None]
+    length = length[:, None, None]
+    i = torch.arange(size, device=start.device)
+    j = torch.arange(source, device=start.device)
+    stride = length / size
+    middle = start + (i[:, None] + 0.5) * stride - 0.5  # of output i, in source pixels
+    if flip is not None:
+        middle = torch.where(flip[:, None, None], middle.flip(1), middle)
+    in_box = (j + 1 > start) & (j < start + length)  # also pixels that the box cuts: no empty row
+    matrix = (1 - (middle - j).abs() / stride.clamp(min=1)).clamp_(min=0) * in_box
+    matrix /= matrix.sum(2, keepdim=True)
+    if sigma is not None:
+        exponent = (i[:, None] - i) ** 2 / (2 * sigma[:, None, None].clamp(min=1e-3) ** 2)
+        exponent = exponent.masked_fill(exponent > 20, math.inf)  # denormals are slow, not sharper
+        matrix = (-exponent).softmax(2) @ matrix
+    return matrix
+
+def color_matrix(brightness, contrast, saturation, hue):
+    """Color jitter as matrices on a pixel and on the view's mean pixel, (n, 3, 3) each, to be
+    added.
+
+    Arguments are (n,): factors, and turns for hue. In YIQ, brightness scales everything, contrast
+    moves luma towards its mean and scales chroma, saturation scales chroma (0: grayscale), hue
+    turns it. All four commute: torchvision's random order has nothing to choose (but for its
+    clipping in between). Hue keeps luma, as DALI's and TensorFlow's in YIQ do; torchvision's keeps
+    value.
+    """
+    luma = brightness * contrast
+    chroma = luma * saturation
+    angle = 2 * math.pi * hue
+    on_pixel = torch.zeros(len(hue), 3, 3, device=hue.device)
+    on_pixel[:, 0, 0] = luma
+    on_pixel[:, 1, 1] = chroma * angle.cos()
+    on_pixel[:, 1, 2] = -chroma * angle.sin()
+    on_pixel[:, 2, 1] = chroma * angle.sin()
+    on_pixel[:, 2, 2] = chroma * angle.cos()
+    on_mean = torch.zeros_like(on_pixel)
+    on_mean[:, 0, 0] = brightness - luma
+    _, _, to_yiq, to_rgb = constants(hue.device)
+    return to_rgb @ on_pixel @ to_yiq, to_rgb @ on_mean @ to_yiq
 
 def hide_and_seek(x, level, cells):
-    """Hide cells of x (n, 3, S, S), normalized, with the mean (Singh & Lee 2017, as in Shi et al. 2022).
+    """Hide cells of x (n, 3, S, S) with the mean (Singh & Lee 2017, as in Shi et al. 2022).
 
-    `level` (n,) picks a grid of cells of 1/16, 1/8, 1/4 of the side, or none; a cell with `cells` (n, 16, 16) < 0.5 is
-    hidden.
+    `level` (n,) picks a grid of cells of 1/16, 1/8 or 1/4 of the side, or none. A cell is hidden
+    where `cells` (n, 16, 16) < 0.5.
     """
-    n, size = len(x), x.shape[-1]
-    grid = torch.tensor([16, 8, 4, 0], device=x.device)[(4 * level).long()]
-    cell = torch.arange(size, device=x.device) * grid[:, None] // size  # (n, S): the row, and the column, of a pixel
-    hidden = cells[torch.arange(n, device=x.device)[:, None, None], cell[:, :, None], cell[:, None, :]] < 0.5
-    return x.masked_fill((hidden & (grid > 0)[:, None, None])[:, None], 0)
+    n, _, _, side = x.shape
+    choice = (4 * level).long()
+    grid = torch.where(choice < 3, 16 >> choice, 0)[:, None]  # cells in a row: 16, 8, 4 or none
+    cell = torch.arange(side, device=x.device) * grid // side  # (n, S): of each row, and column
+    image = torch.arange(n, device=x.device)[:, None, None]
+    hidden = cells[image, cell[:, :, None], cell[:, None, :]] < 0.5
+    hidden &= grid[:, :, None] > 0
+    return x.masked_fill(hidden[:, None], 0)
 
-
-def center(images, size):
-    """Evaluation's view: images (n, 3, R, R) uint8 -> (n, 3, size, size) normalized, channels_last."""
-    x = images.float()
-    if x.shape[-1] != size:
-        x = torch.nn.functional.interpolate(x, (size, size), mode="bilinear", antialias=True)
-    mean, std = x.new_tensor(MEAN)[:, None, None], x.new_tensor(STD)[:, None, None]
-    return ((x / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
-
-
-# ------------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------- 2. the schedule: what happens at a step
 
 def schedule(n, batch, seed, step, hide=False, local=0):
-    """What happens at `step`, the same on every process and device, as a function of its arguments.
+    """The random choices of a step, the same on every process and device.
 
-    Returns rows (batch,): which of the n images; u (2 + local, batch, columns): the uniforms of their query and key views
-    and of `local` more; and perm (batch,): the order in which the key encoder sees them (batch shuffling).
+    -> rows (batch,): which of the n images; u (2 + local, batch, COLUMNS or with `hide` COLUMNS +
+    CELLS): the uniform numbers of their query views, key views and `local` more views; order
+    (batch,): the shuffled order in which the key encoder sees the batch. A pass over the images
+    drops the last incomplete batch.
     """
     epoch, i = divmod(step, n // batch)
-    if schedule.order[0] != (n, seed, epoch):
-        schedule.order = (n, seed, epoch), torch.randperm(n, generator=seeded(seed, "epoch", epoch))
+    rows = order_of_epoch(n, seed, epoch)[i * batch:(i + 1) * batch]
     draw = seeded(seed, "step", step)
-    u = torch.rand(2, batch, COLUMNS + CELLS * hide, generator=draw)
-    perm = torch.randperm(batch, generator=draw)
-    u = torch.cat([u, torch.rand(local, *u.shape[1:], generator=draw)]) if local else u
-    return schedule.order[1][i * batch:(i + 1) * batch], u, perm
+    columns = COLUMNS + CELLS if hide else COLUMNS
+    u = torch.rand(2, batch, columns, generator=draw)
+    order = torch.randperm(batch, generator=draw)
+    if local > 0:
+        u = torch.cat([u, torch.rand(local, batch, columns, generator=draw)])
+    return rows, u, order
 
+@lru_cache(maxsize=2)
+def order_of_epoch(n, seed, epoch):
+    return torch.randperm(n, generator=seeded(seed, "epoch", epoch))
 
-schedule.order = None, None
+def seeded(*key):
+    """A CPU generator that is a function of `key`, hashed to 32 bits, as torch uses no more."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+# ----------------------------------------------------------------------------------- 3. data sets
+
+@dataclass
+class Images:
+    """A set of images, each stored whole as a square, whatever its aspect ratio was."""
+    pixels: torch.Tensor  # (N, 3, S, S) uint8: on the device, or a memory-mapped file
+    shapes: torch.Tensor  # (N, 2) float32: the heights and widths that the images had
+    labels: torch.Tensor  # (N,) int64, -1 where unknown
+    classes: list         # their names, empty without labels
+    device: torch.device
+    is_far: bool = False  # the device is no CPU, and the pixels are not on it
+
+    def __len__(self):
+        return len(self.labels)
+
+    def fetch(self, rows):
+        """What `put` needs of `rows` (n,), still on the CPU."""
+        if self.is_far:
+            return self.pixels[rows], self.shapes[rows]
+        return rows, self.shapes[rows]
+
+    def put(self, pixels_or_rows, shapes):
+        """What `fetch` gave -> pixels (n, 3, S, S) and shapes (n, 2) on the device."""
+        pixels = to_device(pixels_or_rows, self.device)
+        if not self.is_far:
+            pixels = self.pixels[pixels]
+        return pixels, to_device(shapes, self.device)
+
+def to_device(x, device):
+    if device.type == "cuda":  # without waiting for it
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
+    """--data `name` -> train Images; held-out Images, None without labels; the side of a view.
+
+    A `size` of None is picked from the images. `keep` is the side at which a folder's images are
+    stored. Raises InputError for what is not there or cannot be read.
+    """
+    if name == "fractals":
+        size = size or 32
+        classes = [f"fractal {i}" for i in range(64)]
+        sets = [(*fractals(5120, 0, size), classes), (*fractals(1280, 1, size), classes)]
+    elif name in ("cifar10", "cifar100", "stl10"):
+        sets = [torchvision_set(name, root, "train"), torchvision_set(name, root, "test")]
+        size = size or sets[0][0].shape[-1]
+    else:
+        return load_folder(Path(name), Path(root), size, keep, device)
+    images = []
+    for pixels, labels, classes in sets:
+        shapes = torch.full((len(labels), 2), float(pixels.shape[-1]))
+        images.append(Images(pixels, shapes, torch.as_tensor(labels).long(), classes, device))
+    return *move_to_device(images, device), size
+
+def torchvision_set(name, root, split):
+    """Pixels (N, 3, S, S), labels and class names of one of torchvision's data sets."""
+    from torchvision import datasets
+    kind = getattr(datasets, name.upper())
+    flags = dict(train=split == "train")
+    if name == "stl10":
+        flags = dict(split=split.replace("train", "train+unlabeled"))
+    if rank_world()[0] == 0:  # one process downloads, the others wait and then find the files
+        kind(root, download=True, **flags)
+    if dist.is_initialized():
+        dist.barrier()
+    images = kind(root, **flags)
+    if name == "stl10":
+        return torch.from_numpy(images.data), images.labels, list(images.classes)
+    pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
+    return pixels, images.targets, list(images.classes)
+
+def load_folder(folder, root, size, keep, device):
+    """Folders train/CLASS/* with val/ or test/ beside them, or CLASS/*, or images without labels.
+
+    Without val/ or test/ every tenth labelled image is held out; without labels none is.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--data {folder}: no such folder; or fractals, cifar10, cifar100, stl10")
+    inner = folder / "train" if (folder / "train").is_dir() else folder
+    train = scan(inner)
+    if not train:
+        raise InputError(f"--data {inner}: no image in it (looked for {' '.join(EXTENSIONS)})")
+    test = []
+    classes = sorted({name for _, name in train})
+    if "" in classes or len(classes) < 2:  # images beside folders, or a single folder: no labels
+        classes = []
+    else:
+        for name in ("test", "val"):
+            if inner != folder and (folder / name).is_dir():
+                test = scan(folder / name)
+        if not test:
+            test = train[9::10]
+            del train[9::10]
+    for path, name in test:
+        if name not in classes:
+            raise InputError(f"--data {path}: its class {name!r} is not in {inner}")
+
+    side = median_side(train)
+    size = size or min(224, max(32, side // 32 * 32))
+    keep = keep or min(max(size, side), size * 3 // 2)  # a reserve: few crops are enlarged
+    images = []
+    for files in (train, test):
+        if files:
+            images.append(decoded(files, classes, keep, root / "decoded", folder, device))
+    return *move_to_device(images, device), size
+
+def move_to_device(images, device):
+    """[train, test or nothing] -> train, test or None; pixels on the device if there is room."""
+    for part in images:
+        room = torch.tensor(int(3 * part.pixels.numel() < free_memory(device)), device=device)
+        if dist.is_initialized():  # all processes or none, or they would not work alike
+            dist.all_reduce(room, dist.ReduceOp.MIN)
+        if device.type != "cpu":
+            part.is_far = not room.item()
+            if room.item():
+                part.pixels = part.pixels.to(device)
+    return images[0], images[1] if len(images) > 1 else None
+
+def free_memory(device):
+    """Bytes that may be used on the device; of shared memory half."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+              ".jfif", ".avif")
+
+def scan(folder):
+    """The image files under `folder`, in order, as (path, first folder below it, "" if none)."""
+    files = []
+    visited = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(here)
+        if real in visited:  # links may form a loop
+            folders.clear()
+            continue
+        visited.add(real)
+        folders.sort()
+        below = os.path.relpath(here, folder).split(os.sep)[0]
+        for name in sorted(names):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                files.append((os.path.join(here, name), "" if below == "." else below))
+    return files
+
+def median_side(files):
+    """The median of the images' shorter sides, from the headers of 200 of them."""
+    sides = []
+    for path, _ in files[::max(1, len(files) // 200)]:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except Exception:  # PIL raises anything from OSError to struct.error on damaged files
+            continue
+    return int(np.median(sides)) if sides else 32
+
+def decoded(files, classes, side, folder, source, device):
+    """The Images of `files`, (path, class name) each, decoded into a file in `folder` at first.
+
+    That file's name has a fingerprint of the names, sizes and times of `files`. Unreadable ones are
+    left out. Of processes that want the same file, one makes it and the others wait.
+    """
+    fingerprint = hashlib.sha1()
+    for path, _ in files:
+        fingerprint.update(os.fsencode(path))
+        if os.path.exists(path):
+            status = os.stat(path)
+            fingerprint.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
+    name = f"{source.resolve().name}-{side}px-{fingerprint.hexdigest()[:16]}"
+    pixel_file = folder / f"{name}.pixels"
+    index_file = folder / f"{name}.index"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with its process, however that ends
+        if not index_file.exists():
+            decode_files([path for path, _ in files], side, pixel_file, index_file)
+    index = load_file(index_file)
+    rows = index["rows"]
+    if len(rows) == 0:
+        raise InputError(f"--data {source}: none of its {len(files):,} image files is readable")
+    shape = (len(rows), 3, side, side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of memory that cannot be written: nobody writes
+        pixels = torch.from_numpy(np.memmap(pixel_file, np.uint8, "r", shape=shape))
+    number = {name: i for i, name in enumerate(classes)}
+    labels = torch.tensor([number.get(name, -1) for _, name in files])[rows]
+    return Images(pixels, index["shapes"], labels, classes, device)
+
+def decode_files(paths, side, pixel_file, index_file):
+    """Write the pixels of all readable images to one file, their rows and shapes to another."""
+    needed = 3 * side * side * len(paths)
+    free = shutil.disk_usage(pixel_file.parent).free
+    if needed > free:
+        raise InputError(f"--root: {len(paths):,} images of {side} x {side} pixels need {needed:,} "
+                         f"bytes in {pixel_file.parent}, where {free:,} are free; lower --keep or "
+                         "--size, or name another --root")
+    rows = []
+    shapes = []
+    progress = Progress(len(paths))
+    temporary = pixel_file.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file, ThreadPool(os.cpu_count()) as pool:
+            for row, image in enumerate(pool.imap(partial(decode, side=side), paths, 16)):
+                if image is not None:
+                    pixels, height, width = image
+                    file.write(pixels.tobytes())
+                    shapes.append((height, width))
+                    rows.append(row)
+                if progress.due():
+                    progress.show(row + 1, f"decoding {row + 1:,}/{len(paths):,} images")
+        os.replace(temporary, pixel_file)
+        save(index_file, dict(rows=torch.tensor(rows).long(), shapes=torch.tensor(shapes).float()))
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"--root: {error}; make room, or name another --root") from None
+    seconds = time.time() - progress.started
+    print(f"decoded {len(rows):,} images in {seconds:.1f} s to {pixel_file}")
+    bad = [paths[row] for row in sorted(set(range(len(paths))) - set(rows))]
+    if bad:
+        more = ", ..." if len(bad) > 5 else ""
+        print(f"left out {len(bad)} unreadable: {', '.join(bad[:5])}{more}", flush=True)
+
+UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL's transpose
+
+def decode(path, side):
+    """The whole image in a file: pixels (3, side, side) uint8, height, width; None if
+    unreadable."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            image.draft(None, (side, side))  # a JPEG at 1/2, 1/4 or 1/8, if that is large enough
+            turn = UPRIGHT.get(image.getexif().get(0x0112))
+            image = to_rgb(image).resize((side, side), Image.BILINEAR, reducing_gap=2)
+    except Exception:  # PIL raises anything from OSError to struct.error on damaged files
+        return None
+    if turn is not None:
+        image = image.transpose(turn)
+    if turn in (2, 4, 5, 6):  # rows and columns change places
+        height, width = width, height
+    return np.asarray(image).transpose(2, 0, 1), height, width
+
+def to_rgb(image):
+    """Any PIL image as RGB: 16 bits are scaled, not clipped; behind transparency is white."""
+    if image.mode[0] in "IF":  # integers of 16 or 32 bits, floats
+        gray = np.asarray(image, np.float32)
+        image = Image.fromarray((gray * (255 / max(255, gray.max()))).clip(0).astype(np.uint8))
+    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+# The embedded data set. A class is an iterated function system: 2 to 4 maps x -> A x + b that
+# contract the plane (Barnsley 1988). Jumping along randomly chosen ones draws its attractor.
+
+def fractals(n, seed, size=32, classes=64, points=1600):
+    """`n` drawings of `classes` fractals -> pixels (n, 3, size, size) uint8, labels (n,).
+
+    The classes are the same for every seed. An image is its class's system, a little perturbed, in
+    its own pose, zoom, place and light, mirrored or not. All have one ink on one dark paper: if
+    they differed in color, that would be the cheapest way to tell them apart, and all that is
+    learned.
+    """
+    systems = fractal_systems(classes, points)
+    rng = np.random.default_rng([1989, seed])
+    labels = np.arange(n) % classes
+    A, b, p, middle, extent = (values[labels] for values in systems)
+    A = A + rng.normal(0, 0.02, A.shape).astype(np.float32)
+    A *= np.minimum(1, 0.9 / np.linalg.norm(A, 2, (2, 3), keepdims=True))  # stay contractive
+    b = b + rng.normal(0, 0.02, b.shape).astype(np.float32)
+    x = (chaos_game(A, b, p, rng, points) - middle[:, None]) / extent[:, None, None]
+    x = x @ rotation(rng.uniform(-0.35, 0.35, n)) * rng.uniform(0.6, 1.0, (n, 1, 1))
+    x = x + rng.uniform(0.32, 0.68, (n, 1, 2))
+    x[..., 0] = np.where(rng.random((n, 1)) < 0.5, x[..., 0], 1 - x[..., 0])
+    hits = count_hits(x, 2 * size)  # twice the resolution, for smooth edges
+    ink = 1 - np.exp(-2 * size * size * hits / points)
+    ink = ink.reshape(n, size, 2, size, 2).mean((2, 4))[:, None]
+    light = rng.uniform(0.6, 1.0, (n, 1, 1, 1))
+    paper_color = np.array([0.04, 0.05, 0.08])[:, None, None]
+    ink_color = np.array([0.55, 0.95, 0.65])[:, None, None]
+    picture = (paper_color * (1 - ink) + ink_color * ink) * light
+    return torch.from_numpy((255 * picture.clip(0, 1)).astype(np.uint8)), labels
+
+@lru_cache(maxsize=2)
+def fractal_systems(classes, points):
+    """Maps A (classes, 4, 2, 2) and b (classes, 4, 2), cumulative probabilities p (classes, 4), and
+    the middle (classes, 2) and extent (classes,) of what they draw."""
+    rng = np.random.default_rng(1988)
+    batches = []
+    while sum(len(batch[0]) for batch in batches) < classes:
+        stretch = rng.uniform(0.2, 0.85, (512, 2, 4)).astype(np.float32)
+        A = rotation(rng.uniform(-np.pi, np.pi, (512, 4))) * stretch[:, 0, :, None, None]
+        A[..., 1] *= (stretch[:, 1] / stretch[:, 0])[..., None]
+        A = A @ rotation(rng.uniform(-np.pi, np.pi, (512, 4)))
+        b = rng.uniform(-1, 1, (512, 4, 2)).astype(np.float32)
+        is_used = np.arange(4) < rng.integers(2, 5, (512, 1))
+        p = np.where(is_used, stretch.prod(1), 0).cumsum(1)
+        p /= p[:, -1:]
+        x = chaos_game(A, b, p, rng, points)
+        low, high = np.percentile(x, (2, 98), axis=1).astype(np.float32)
+        middle = (low + high) / 2
+        extent = (high - low).max(1)
+        # keep what is neither sparse, nor solid, nor a line
+        centered = (x - middle[:, None]) / extent[:, None, None] * 0.9 + 0.5
+        fill = (count_hits(centered, 32) > 0).mean((1, 2))
+        good = (fill > 0.2) & (fill < 0.5) & ((high - low).min(1) > 0.4 * extent)
+        batches.append([values[good] for values in (A, b, p, middle, extent)])
+    return [np.concatenate(values)[:classes] for values in zip(*batches)]
+
+def chaos_game(A, b, p, rng, count):
+    """`count` points (n, count, 2) on n attractors: 16 jumpers each, after 10 jumps to get
+    there."""
+    n = len(A)
+    x = np.zeros((n, 16, 2), np.float32)
+    system = np.arange(n)[:, None]
+    path = []
+    for _ in range(count // 16 + 10):
+        k = (rng.random((n, 16, 1), np.float32) > p[:, None]).sum(2)  # which map each jumper takes
+        x = (A[system, k] * x[:, :, None]).sum(3) + b[system, k]
+        path.append(x)
+    return np.concatenate(path[10:], 1)
+
+def count_hits(x, side):
+    """Points x (n, count, 2) in the unit square -> hits of each cell (n, side, side)."""
+    n = len(x)
+    cell = np.floor(x * side).astype(np.int64)
+    index = (np.arange(n)[:, None] * side + cell[..., 1]) * side + cell[..., 0]
+    inside = ((cell >= 0) & (cell < side)).all(2)
+    return np.bincount(index[inside], minlength=n * side * side).reshape(n, side, side)
+
+def rotation(angle):
+    """Angles of any shape (...) -> rotation matrices (..., 2, 2)."""
+    matrix = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1)
+    return matrix.reshape(*angle.shape, 2, 2).astype(np.float32)
+
+# ------------------------------------------------------------------------- 4. processes and files
+
+class InputError(ValueError):
+    """Something the user gave is wrong: one line that names the flag or file and how to fix it."""
+
+def start(name):
+    """The device called `name` (auto: the first there is); under torchrun the process group,
+    too."""
+    if name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index)))
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    elif device.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc gives large tensors back to the kernel, which clears their pages at the next use.
+        # At 224 pixels that is half of a step. So: none apart (M_MMAP_MAX), all kept (M_TRIM_..).
+        ctypes.CDLL(None).mallopt(-4, 0)
+        ctypes.CDLL(None).mallopt(-1, -1)
+    allow_tf32(False)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # other nodes may decode
+    return device
+
+def allow_tf32(allowed):
+    """TF32 has 10 bits of mantissa: enough to train, too few to tell near neighbours apart."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+
+def rank_world():
+    """Which process this is, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+def gather(x):
+    """The rows of all processes' x, which have one shape, in the order of the processes."""
+    if not dist.is_initialized():
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+def print0(line):
+    """Print, on the first process only."""
+    if rank_world()[0] == 0:
+        print(line, flush=True)
+
+def ahead(make, steps, use_thread):
+    """make(step) for each of `steps`, a range; a thread makes the next while this one is used."""
+    if not use_thread:
+        yield from map(make, steps)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = None
+        for step in steps:
+            current = upcoming or pool.submit(make, step)
+            if step + 1 in steps:
+                upcoming = pool.submit(make, step + 1)
+            yield current.result()
+
+class Progress:
+    """One live line on a terminal, elsewhere a line every 20 seconds; on the first process only."""
+
+    def __init__(self, total, done=0):
+        self.total = total
+        self.first = done
+        self.started = self.printed = time.time()
+        self.is_live = sys.stdout.isatty()
+
+    def due(self):
+        pause = 0.1 if self.is_live else 20
+        return rank_world()[0] == 0 and time.time() - self.printed > pause
+
+    def show(self, done, text, end=False):
+        """Print `text` and the time left; `end` starts a new line after it."""
+        self.printed = time.time()
+        a_step = (self.printed - self.started) / max(1, done - self.first)
+        minutes, seconds = divmod(int(a_step * (self.total - done)), 60)
+        text += f"  {minutes}:{seconds:02} left"
+        if self.is_live:
+            print(f"\r\033[K{text}", end="\n" if end else "", flush=True)
+        else:
+            print(text, flush=True)
+
+def save(path, content):
+    """Write a text or a torch file under a temporary name, then rename it: never half a file.
+
+    Raises OSError if it cannot be written.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch calls a full disk by many names
+        temporary.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written; is the disk full? ({reason})") from None
+
+def load_file(path):
+    """torch.load onto the CPU, which never runs code from the file; InputError if unreadable."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except Exception as error:  # torn, no torch file, or one that would run code
+        raise InputError(f"{path}: not read ({type(error).__name__}): torn, no checkpoint, or more "
+                         "than tensors and plain values; save its state_dict() alone") from None
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise InputError(f"{path}: not readable as JSON; delete it, and give its flags") from None

@@ -1,544 +1,569 @@
-"""What are the features of a checkpoint worth? Linear probe, kNN, few labels, fine-tuning, transfer.
+"""What are the features of a checkpoint worth? Linear probe, kNN, few labels, fine-tuning.
 
-    python linear_eval.py runs/NAME                                   # a linear probe, in seconds
-    python linear_eval.py runs/NAME --knn                             # and weighted kNN, which trains nothing
-    python linear_eval.py runs/NAME --protocol moco                   # the probe as published: 100 epochs at lr 30
-    python linear_eval.py runs/NAME --labels 0.01 --finetune          # the whole network on 1 % of the labels
-    python linear_eval.py runs/NAME --data cifar100                   # transfer
-    python linear_eval.py random --arch mobilenetv3 --data FOLDER     # what no training at all is worth
-    torchrun --nproc-per-node 8 linear_eval.py runs/NAME              # features shared out over eight GPUs
-    python linear_eval.py runs/NAME/eval-DATA-fast/classifier.pt --predict IMAGES   # use the result
+    python linear_eval.py runs/NAME                            # a linear probe, in seconds
+    python linear_eval.py runs/NAME --knn                      # and kNN, which trains nothing
+    python linear_eval.py runs/NAME --protocol moco            # the probe as published: 100 epochs
+    python linear_eval.py runs/NAME --labels 0.01 --finetune   # the whole network, 1 % of labels
+    python linear_eval.py runs/NAME --data cifar100            # transfer
+    python linear_eval.py random --data FOLDER                 # what no training at all is worth
+    torchrun --nproc-per-node 8 linear_eval.py runs/NAME       # features shared out over 8 GPUs
+    python linear_eval.py runs/NAME/eval-DATA-fast/classifier.pt --predict IMAGES
 
-A checkpoint is a run's folder, any file of a run, a torchvision state dict, or a file of MoCo, ssl-small or SEED.
+A checkpoint is a run's folder, any file of a run, a torchvision state dict, or a file of MoCo,
+ssl-small or SEED. Read it from top to bottom: features, kNN, the linear probe, training, results.
 """
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 import data
 import models
-from data import InputError, rank_world, say
+from data import InputError, print0, rank_world
 
-# ------------------------------------------------------------------------------------------- networks and features
+# ------------------------------------------------------------------------------------- 1. features
 
-
-def flags(parser):
-    """The flags that say what is evaluated, for this file and analyze.py."""
-    parser.add_argument("--data", help="fractals, cifar10, cifar100, stl10, caltech101 or a folder [what the checkpoint was "
-                        "trained on]")
-    parser.add_argument("--root", default="data", help="where torchvision's data sets are, or are downloaded to [data]")
-    parser.add_argument("--size", type=int, help="side of an image in pixels [the checkpoint's]")
-    parser.add_argument("--arch", help=f"where the checkpoint does not tell: {', '.join(models.ARCHS)}")
-    parser.add_argument("--stem", choices=["imagenet", "small"], help="[the checkpoint's; small up to 64 pixels, but not for fractals]")
-    parser.add_argument("--stream", default="auto", choices=["auto", "on", "off"],
-                        help="read files as they are needed, or all at once [auto: by free memory]")
-    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1),
-                        help="decoding threads or processes [the cores, at most 16]")
-    parser.add_argument("--memory", type=float,
-                        help="GB of features to hold in memory; more go to a temporary file [a third of what is free]")
-    parser.add_argument("--out", help="folder of the results [beside the checkpoint]")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights, subsets and crops [0]")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu [the first there is]")
-
-
-def read_checkpoint(name, args):
-    """(state dict or None for `random`, what is known: `arch`, `stem`, `size`, `data`, `root`), the flags' word first."""
-    state, known = (None, {}) if name == "random" else models.read_backbone(name, args.arch)
-    known["trained_on"] = known.get("data")
-    for key, default in dict(arch="mobilenetv3", stem=None, size=None, data="fractals", root="data").items():
-        given = getattr(args, key) if key != "root" or args.data else None  # --root belongs to --data
-        known[key] = given or known.get(key) or (args.root if key == "root" else default)
-    if state:
-        say(f"{name}: {known['arch']}, {len(state)} tensors; dropped {len(known['dropped'])}"
-            + (f" ({', '.join(known['dropped'][:3])} ...)" if known["dropped"] else ""))
-    return state, known
-
-
-def network(state, known, seed):
-    """The network of a checkpoint, or one with the random weights that pretraining with this `seed` starts from."""
-    torch.manual_seed(seed)
-    known["stem"] = known["stem"] or ("small" if known["size"] <= 64 and known["data"] != "fractals" else "imagenet")
-    net = models.build(known["arch"], known["stem"])
-    if state is not None:
-        try:
-            net.load_state_dict(state)
-        except RuntimeError:
-            raise InputError(f"--stem {known['stem']}: the checkpoint has the other stem") from None
-    return net.eval().to(memory_format=torch.channels_last)
-
-
-def allocate(n, d, device, memory=None):
-    """Room for features (n, d): float32 on the device, or beyond `memory` GB bfloat16 in a file that vanishes by itself.
-
-    1.3 million features of 1280 numbers are 6.7 GB in memory, or 3.3 GB in the file. (float16 would round the features of
-    a random MobileNetV3, near 1e-10, to zero.)
-    """
-    limit = data.free_memory(device) / 3 if memory is None else memory * 1e9
-    if 4 * n * d <= limit:
-        return torch.empty(n, d, device=device)
-    with tempfile.NamedTemporaryFile(prefix="features-") as file:  # unlinked at once, the map keeps it
-        say(f"{4e-9 * n * d:.2f} GB of features, --memory {limit / 1e9:.2f}: kept in half precision in a file in "
-            + tempfile.gettempdir())
-        return torch.from_file(file.name, shared=True, size=n * d, dtype=torch.bfloat16).view(n, d)
-
+BLOCK = 256  # images at a time
 
 @torch.no_grad()
-def extract(net, images, size, device, rows=None, workers=2, memory=None, u=None, **augmentation):
-    """Features (N, D) of the center squares of `images` (those in `rows`), in order, and their labels (N,); with uniforms
-    u (N, data.COLUMNS), of the augmented views that u and the settings of data.augment say.
+def extract(net, images, size, rows=None, u=None, **augmentation):
+    """Features (N, D) of the center squares of `rows` (N,) [all images], and their labels (N,);
+    with uniform numbers u (N, data.COLUMNS), of the views that these and the settings of
+    data.augment say.
 
-    Every process computes every world-th block of 256 and all get all, so that a block, and so a feature, is the same
-    on any number of processes. A file that turns out to be unreadable is left out.
+    Each process computes every world-th block, and all get all. So a block, and a feature, is the
+    same on any number of processes.
     """
+    _, world = rank_world()
+    if rows is None:
+        rows = torch.arange(len(images))
+    rounds = math.ceil(len(rows) / (BLOCK * world))
+    progress = data.Progress(rounds)
+    features = []
+    blocks = data.ahead(partial(fetch_block, images, rows), range(rounds), images.is_far)
+    for i, (start, block) in enumerate(blocks):
+        pixels, shapes = images.put(*block)
+        if u is None:
+            views = data.center(pixels, size, shapes)
+        else:
+            numbers = data.to_device(u[start:start + BLOCK], images.device)
+            views = data.augment(pixels, numbers, size, shapes=shapes, **augmentation)
+        z = net(views).float()
+        z = data.gather(F.pad(z, (0, 0, 0, BLOCK - len(z))))
+        features.append(z[:len(rows) - BLOCK * world * i])  # the last round has blocks to spare
+        if progress.due():
+            progress.show(i + 1, f"features {100 * (i + 1) // rounds} %")
+    return torch.cat(features), images.labels[rows].to(images.device)
+
+def fetch_block(images, rows, i):
+    """Where this process's block of round i starts in `rows`, and what it holds."""
     rank, world = rank_world()
-    rows = torch.arange(len(images)) if rows is None else rows
-    blocks, x, progress, start = rows.split(256), None, data.Progress(), time.time()
-    rounds = -(-len(blocks) // world)
-    mine = list(blocks[rank::world])
-    mine += [rows[:1]] * (rounds - len(mine))  # all processes take part in the last round
-    draws = [None] * rounds if u is None else (list(u.split(256))[rank::world] + [u[:1]] * rounds)[:rounds]
-    items = [block.tolist() if v is None else list(zip(block.tolist(), v[:, None, :22])) for block, v in zip(mine, draws)]
-    crop = augmentation.pop("crop", (0.2, 1.0))
-    crops = None if images.paths is None else images.stream(items, device, workers, [(1, size, crop)])
-    good = torch.ones(len(rows), dtype=torch.bool)
-    for i, block in enumerate(mine):
-        pixels = next(crops)[0][:, 0] if crops else images.pixels[block.to(images.pixels.device)]
-        v = draws[i]
-        z = net(data.center(pixels, size) if v is None else
-                data.augment(pixels, v.to(device), size, None if crops else crop, **augmentation)).float()
-        fine = torch.tensor([row not in images.bad for row in block.tolist()], device=device)
-        z = torch.cat([z, fine[:, None]], 1)
-        z = data.gather(F.pad(z, (0, 0, 0, 256 - len(z))))[:len(rows) - 256 * world * i]
-        x = allocate(len(rows), z.shape[1] - 1, device, memory) if x is None else x
-        there = slice(256 * world * i, 256 * world * i + len(z))
-        x[there], good[there] = z[:, :-1].to(x.dtype), z[:, -1].bool().cpu()
-        progress(lambda: f"features {100 * (i + 1) // rounds} %, {(time.time() - start) * (rounds / (i + 1) - 1):.0f} s left")
-    images.leave_out(rows[~good].tolist())  # what another process met, too
-    return (x, images.labels[rows].to(device)) if good.all() else (x[good.to(x.device)], images.labels[rows[good]].to(device))
+    start = BLOCK * (i * world + rank)
+    if start >= len(rows):  # all processes take part in the last round
+        start = 0
+    return start, images.fetch(rows[start:start + BLOCK])
 
+class Pixels(nn.Module):
+    """Raw pixels as features: (N, 3, S, S) -> (N, 3 s s), averaged down to at most 32 x 32."""
 
-def pixels_of(size):
-    """Raw pixels as features: images (N, 3, S, S) -> (N, 3 s s), area-averaged down to at most 32 x 32."""
-    return lambda x: F.interpolate(x, (min(size, 32),) * 2, mode="area").flatten(1)
-
-
-# ------------------------------------------------------------------------------------------------------- the probes
+    def forward(self, x):
+        side = min(x.shape[-1], 32)
+        return F.interpolate(x, (side, side), mode="area").flatten(1)
 
 def unit(x):
-    """Rows of x (N, D) at length one, also a random EfficientNet's features near 1e-14, below F.normalize's usual eps."""
+    """Rows of x (N, D) at length one, also a random EfficientNet's, shorter than F.normalize's
+    eps."""
     return F.normalize(x, dim=1, eps=1e-30)
 
+def alignment(a, b):
+    """Mean squared distance of positive pairs a, b (N, D): 0 (views agree) .. 4 (Wang & Isola
+    2020)."""
+    return (unit(a) - unit(b)).square().sum(1).mean()
+
+def uniformity(x):
+    """log of the mean of exp(-2 d^2) over all pairs of x (N, D): about -4 (evenly spread) .. 0
+    (collapsed). Wang & Isola 2020, t 2; exact: every pair once, in blocks."""
+    x = unit(x)
+    n = len(x)
+    total = 0.0
+    for i in range(0, n, 1000):
+        similarity = x[i:i + 1000] @ x[i:].T  # d^2 = 2 - 2 similarity
+        total += (4 * similarity - 4).exp().triu(1).sum().item()
+    return math.log(total / (n * (n - 1) / 2))
+
+# ------------------------------------------------------------------------------------------ 2. kNN
 
 def neighbours(train_x, test_x, k):
-    """The k nearest rows of train_x (N, D) to each of test_x (n, D): squared distances and rows (n, k), nearest first."""
-    found = []
-    for x in test_x.split(1000):
-        x, best, start = x.float(), None, 0
-        for block in train_x.split(65536):  # an N x n table of distances never exists
-            block = block.to(x.device).float()
-            near, row = torch.addmm(-0.5 * block.square().sum(1), x, block.T).topk(min(k, len(block)))
-            row += start
-            if best is not None:
-                near, pick = torch.cat([best[0], near], 1).topk(min(k, near.shape[1] + best[0].shape[1]))
-                row = torch.cat([best[1], row], 1).gather(1, pick)
-            best, start = (near, row), start + len(block)
-        found.append(((x.square().sum(1, keepdim=True) - 2 * best[0]).clamp_(min=0), best[1]))
-    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    """The k nearest rows of train_x (N, D) to each of test_x (n, D): squared distances and rows (n,
+    k), nearest first."""
+    half_squares = train_x.square().sum(1) / 2
+    distances = []
+    rows = []
+    for x in test_x.split(max(1, 2 ** 26 // len(train_x))):  # a part of the n x N table at a time
+        nearness, row = torch.addmm(-half_squares, x, train_x.T).topk(min(k, len(train_x)))
+        distances.append((x.square().sum(1, keepdim=True) - 2 * nearness).clamp(min=0))
+        rows.append(row)
+    return torch.cat(distances), torch.cat(rows)
 
-
-def vote(distance, labels, classes, temperature):
-    """Weighted kNN (Wu et al. 2018): squared distances and labels (n, k) of unit neighbours -> scores (n, classes)."""
-    weight = ((1 - distance / 2) / temperature).exp()  # the cosine similarity of unit vectors
-    return torch.zeros(len(labels), classes, device=labels.device).scatter_add_(1, labels, weight)
-
+def vote(distances, labels, classes, temperature):
+    """Weighted kNN (Wu et al. 2018): squared distances and labels (n, k) of unit neighbours ->
+    scores (n, classes)."""
+    weights = ((1 - distances / 2) / temperature).exp()  # of the cosine similarity
+    scores = torch.zeros(len(labels), classes, device=labels.device)
+    return scores.scatter_add_(1, labels, weights)
 
 def knn(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
-    """Accuracy in % of the weighted k-nearest-neighbour vote on features of any length, normalized here."""
-    distance, near = neighbours(unit(train_x), unit(test_x), min(k, len(train_x)))
-    guess = vote(distance, train_y[near], int(train_y.max()) + 1, temperature).argmax(1)
-    return 100 * (guess == test_y).double().mean().item()
+    """Accuracy in % of the weighted k-nearest-neighbour vote on features (N, D), normalized
+    here."""
+    distances, rows = neighbours(unit(train_x), unit(test_x), k)
+    scores = vote(distances, train_y[rows], int(train_y.max()) + 1, temperature)
+    return 100 * (scores.argmax(1) == test_y).float().mean().item()
 
-
-def held_out(labels):
-    """A mask (N,) of about every fifth image of each class, none of a class with one: to pick penalties on."""
-    place, count = torch.zeros_like(labels), labels.bincount(minlength=1)[labels]
-    order = labels.argsort(stable=True)
-    first = labels[order].bincount().cumsum(0)[labels[order]] - count[order]
-    place[order] = torch.arange(len(labels), device=labels.device) - first
-    return (place % 5 == 4) | ((count < 5) & (count > 1) & (place == count - 1))
-
-
-def ridge(train_x, train_y, test_x, test_y):
-    """Accuracy in % of a linear probe in closed form: ridge regression of one-hot labels on standardized features.
-
-    The penalty is picked on every fifth training image, then the probe is solved again with all of them.
-    """
-    mean, std = train_x.mean(0), train_x.std(0)
-    std = std.clamp(min=1e-6 * std.max())  # a random MobileNetV3 has features near 1e-10: constant is relative
-    x, t = ((v - mean).div(std).cpu().double() for v in (train_x, test_x))
-    y, labels = F.one_hot(train_y).cpu().double(), train_y.cpu()
-
-    def solve(rows, penalties, x_test):
-        a, b = x[rows], y[rows] - y[rows].mean(0)
-        gram, right, eye = a.T @ a, a.T @ b, torch.eye(a.shape[1], dtype=a.dtype)
-        for penalty in penalties:
-            weight = torch.cholesky_solve(right, torch.linalg.cholesky(gram + penalty * len(a) * eye))
-            yield (x_test @ weight + y[rows].mean(0)).argmax(1)
-
-    held = held_out(labels)
-    penalties = [1e-3, 1e-2, 1e-1, 1, 10]
-    scores = [(guess == labels[held]).double().mean().item() for guess in solve(~held, penalties, x[held])]
-    best = penalties[int(np.argmax(scores))]
-    return 100 * (next(solve(held | True, [best], t)) == test_y.cpu()).double().mean().item()
-
-
-class Standardized:
-    """Features (N, D) wherever they lie, in blocks on the device with mean 0, variance 1 and a last column of ones."""
-
-    def __init__(self, x, device):
-        self.x, self.device = x, device
-        blocks = x.split(8192)
-        self.mean = sum(b.to(device).float().sum(0) for b in blocks) / len(x)
-        std = (sum((b.to(device).float() - self.mean).square().sum(0) for b in blocks) / len(x)).sqrt()
-        self.std = std.clamp(min=1e-6 * std.max()).clamp(min=1e-30)  # what is constant is constant relative to the others
-
-    def blocks(self, x=None, use=None):
-        """(block (n, D + 1), its rows) of x, by default of the features themselves, and only of the rows in the mask."""
-        x = self.x if x is None else x
-        rows = torch.arange(len(x)) if use is None else use.cpu().nonzero()[:, 0]
-        for part in rows.split(8192):
-            block = (x[part.to(x.device)].to(self.device).float() - self.mean) / self.std
-            yield F.pad(block, (0, 1), value=1), part.to(self.device)
-
-
-def logistic(features, y, classes, penalties, use=None, start=None, steps=100):
-    """Linear classifiers (G, D + 1, classes) of `Standardized` features with labels y, one for each of G penalties.
-
-    Each minimizes mean cross-entropy + penalty / 2 |W|^2 over the rows in the mask `use`. It is one problem for L-BFGS,
-    with one matrix product a block for all, so there is no learning rate to fit. Cross-entropy's curvature is at most half
-    the features' covariance (Boehning 1992): along that one's eigenvectors, each scaled by 1 / sqrt(eigenvalue / 2 +
-    penalty), all directions are about equally steep, which saves most of the steps.
-    """
-    penalty = torch.tensor(penalties, device=y.device)[:, None]
-    n, G = len(y) if use is None else int(use.sum()), len(penalties)
-    once = [*features.blocks(use=use)] if features.x.dtype == torch.float32 else None  # standardized once, if in memory
-    eigenvalue, Q = torch.linalg.eigh(sum(a.T @ a for a, _ in once or features.blocks(use=use)) / n)
-    kept = eigenvalue > 1e-7 * eigenvalue[-1]  # the penalty keeps W in the span of the features
-    Q, scale = Q[:, kept], (eigenvalue[kept, None, None] / 2 + penalty).rsqrt()
-    U = torch.zeros(Q.shape[1], G, classes, device=y.device)
-    U = U if start is None else torch.einsum("dr,gdc->rgc", Q, start) / scale
-    progress, began, calls = data.Progress(), time.time(), 0
-
-    def objective():
-        nonlocal calls
-        V = scale * U
-        flat, loss, gradient = Q @ V.flatten(1), (penalty / 2 * V.square()).sum(), 0
-        for a, rows in once or features.blocks(use=use):
-            log_p = (a @ flat).view(len(a), G, classes).log_softmax(2)
-            label = y[rows, None, None].expand(-1, G, 1)
-            loss -= log_p.gather(2, label).sum() / n
-            error = log_p.exp_().scatter_add_(2, label, log_p.new_full((len(a), G, 1), -1))
-            gradient = gradient + a.T @ error.view(len(a), -1)
-        U.grad = scale * ((Q.T @ gradient).view(-1, G, classes) / n + penalty * V)
-        calls += 1
-        progress(lambda: f"probe {100 * calls // steps} %, {(time.time() - began) * (steps / calls - 1):.0f} s left")
-        return loss
-
-    torch.optim.LBFGS([U], max_iter=steps, max_eval=steps, history_size=10, tolerance_grad=1e-6, tolerance_change=1e-9,
-                      line_search_fn="strong_wolfe").step(objective)
-    return torch.einsum("dr,rgc->gdc", Q, scale * U)
-
+# --------------- 3. the linear probe: the one that the monitor, the report and analyze.py use, too
 
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
+def linear_probe(x, y, classes):
+    """The best linear classifier of features x (N, D) with labels y (N,): weight (classes, D) and
+    bias (classes,), for features as they are.
 
-def fast_probe(x, y, classes, device):
-    """The best linear classifier of features x (N, D) with labels y: weight (classes, D) and bias (classes,).
-
-    The penalty is picked on held-out training images; then that classifier goes on with all of them.
+    Multinomial logistic regression on standardized features, so no learning rate has to fit. The
+    penalty is picked on every fifth image of a class, then all images are used.
     """
-    features, held, best, W = Standardized(x, device), held_out(y), 2, None
-    if held.any():
-        W = logistic(features, y, classes, PENALTIES, ~held)
-        right = sum(((a @ W).argmax(2) == y[rows]).sum(1) for a, rows in features.blocks(use=held)).tolist()
-        best = right.index(max(right))
-        W = W[best:best + 1]
-        say(f"picked penalty {PENALTIES[best]:g}: held-out training images right by penalty, "
-            + ", ".join(f"{p:g}: {100 * r / int(held.sum()):.1f} %" for p, r in zip(PENALTIES, right)))
-    W = logistic(features, y, classes, PENALTIES[best:best + 1], start=W)[0]
-    weight = (W[:-1] / features.std[:, None]).T.contiguous()  # for features as they are, not standardized
-    return weight, W[-1] - weight @ features.mean
+    mean, std = mean_and_std(x)
+    z = F.pad((x - mean) / std, (0, 1), value=1)  # a last column of ones, for the bias
+    covariance = (z.T @ z / len(z)).cpu().double()
+    is_held = held_out(y)
+    penalty = PENALTIES[2]
+    W = None
+    if is_held.any():
+        best = -1.0
+        for candidate in PENALTIES:
+            W = fit(z[~is_held], y[~is_held], classes, candidate, covariance, W, steps=15)
+            right = ((z[is_held] @ W).argmax(1) == y[is_held]).float().mean().item()
+            if right > best:
+                best = right
+                penalty = candidate
+    W = fit(z, y, classes, penalty, covariance, W)
+    weight = (W[:-1] / std[:, None]).T.contiguous()
+    return weight, W[-1] - weight @ mean
 
+def mean_and_std(x):
+    """Of each column of x (N, D). A column is constant relative to the others: no division by
+    zero."""
+    std = x.std(0, correction=0)
+    return x.mean(0), std.clamp(min=1e-6 * std.max().item()).clamp(min=1e-30)
 
-def train(net, head, images, rows, args, size, crop, device, frozen):
-    """Train `head` by SGD on random crops and flips of `rows`: on the frozen net (the published probe), or with the net."""
+def held_out(y):
+    """A mask (N,) of every fifth image of each class; of a class of 2 to 4 images, the last one."""
+    mask = torch.zeros_like(y, dtype=torch.bool)
+    for c in y.unique():
+        rows = (y == c).nonzero()[:, 0]
+        if len(rows) >= 5:
+            mask[rows[4::5]] = True
+        elif len(rows) > 1:
+            mask[rows[-1]] = True
+    return mask
+
+def fit(z, y, classes, penalty, covariance, start=None, steps=30):
+    """W (D, classes) that minimizes mean cross-entropy of z @ W + penalty / 2 |W|^2, by L-BFGS.
+
+    Cross-entropy's curvature is at most half the covariance (Boehning 1992). With covariance / 2 +
+    penalty = L L^T and W = P U, P the inverse of L^T, all directions of U are about equally steep,
+    and few steps suffice.
+    """
+    eye = torch.eye(len(covariance), dtype=torch.float64)
+    L = torch.linalg.cholesky(covariance / 2 + penalty * eye)
+    P = torch.linalg.solve_triangular(L.T, eye, upper=True).float().to(z.device)
+    U = torch.zeros(z.shape[1], classes, device=z.device)
+    if start is not None:
+        U = (L.T @ start.cpu().double()).float().to(z.device)
+    optimizer = torch.optim.LBFGS([U], max_iter=steps, max_eval=steps,
+                                  line_search_fn="strong_wolfe")
+    optimizer.step(partial(probe_loss, U, P, z, y, penalty))
+    return P @ U
+
+def probe_loss(U, P, z, y, penalty):
+    """The loss of W = P U, in blocks of rows that stay in the cache; sets U.grad."""
+    W = P @ U
+    loss = penalty / 2 * W.square().sum()
+    gradient = penalty * W
+    for z_block, y_block in zip(z.split(8192), y.split(8192)):
+        log_p = (z_block @ W).log_softmax(1)
+        loss = loss + F.nll_loss(log_p, y_block, reduction="sum") / len(y)
+        error = log_p.exp() - F.one_hot(y_block, W.shape[1])
+        gradient = gradient + z_block.T @ error / len(y)
+    U.grad = P.T @ gradient
+    return loss
+
+def accuracy(weight, bias, x, y):
+    """Of a linear classifier on features x (N, D), in %."""
+    return 100 * (F.linear(x, weight, bias).argmax(1) == y).float().mean().item()
+
+# ----------------- 4. training on labels: the probe as published (He et al. 2020), and fine-tuning
+
+def train(net, head, images, rows, args, crop, finetune):
+    """Train `head` by SGD on random crops and flips of `rows`, on the frozen net or together with
+    it."""
     rank, world = rank_world()
     batch = min(args.batch, len(rows)) // world * world
-    epoch_steps, n = len(rows) // batch, batch // world
-    mine = slice(rank * n, (rank + 1) * n)
-    parameters = [*head.parameters(), *([] if frozen else net.parameters())]
-    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.wd)
-    schedule = lambda step: data.schedule(len(rows), batch, args.seed, step)  # noqa: E731
+    epoch_steps = len(rows) // batch
     steps = args.epochs * epoch_steps
-
-    def items():
-        for picked, u, _ in map(schedule, range(steps)):
-            yield list(zip(rows[picked[mine]].tolist(), u[:1, mine, :22].transpose(0, 1)))
-
-    crops = None if images.paths is None else images.stream(items(), device, args.workers, [(1, size, crop)])
-    net.train(not frozen), head.train()
-    progress, start = data.Progress(), time.time()
+    mine = slice(rank * batch // world, (rank + 1) * batch // world)
+    parameters = list(head.parameters())
+    if finetune:
+        parameters += list(net.parameters())
+    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.wd)
+    net.train(finetune)
+    head.train()
+    progress = data.Progress(steps)
     for step in range(steps):
-        picked, u, _ = schedule(step)
-        x = next(crops)[0][:, 0] if crops else images.pixels[rows[picked[mine]].to(device)]
-        x = data.augment(x, u[0, mine].to(device), size, None if crops else crop, jitter=0, hue=0, gray=0, blur=0)
-        done = step // epoch_steps / args.epochs
-        for group in optimizer.param_groups:  # published: a tenth at 60 % and at 80 %; fine-tuning: cosine
-            group["lr"] = args.lr * batch / args.batch * (
-                0.1 ** ((done >= 0.6) + (done >= 0.8)) if frozen else 0.5 * (1 + math.cos(math.pi * step / steps)))
-        y = images.labels[rows[picked]].to(device)
-        with torch.set_grad_enabled(not frozen):
-            z = net(x).float()
-        if frozen:  # every process takes the same step on the whole batch, as one alone would
-            loss = F.cross_entropy(head(data.gather(z)), y, ignore_index=-1)
-        else:
-            loss = F.cross_entropy(head(z), y[mine], ignore_index=-1)
+        picked, u, _ = data.schedule(len(rows), batch, args.seed, step)
+        y = data.to_device(images.labels[rows[picked]], images.device)
+        pixels, shapes = images.put(*images.fetch(rows[picked[mine]]))
+        views = data.augment(pixels, data.to_device(u[0, mine], images.device), args.size, crop,
+                             jitter=0, hue=0, gray=0, blur=0, shapes=shapes)
+        done = step / steps
+        if finetune:
+            factor = 0.5 * (1 + math.cos(math.pi * done))
+        else:  # a tenth from 60 % on, a hundredth from 80 % on
+            epochs_done = step // epoch_steps / args.epochs
+            factor = 0.1 ** ((epochs_done >= 0.6) + (epochs_done >= 0.8))
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * batch / args.batch * factor
+
+        with torch.set_grad_enabled(finetune):
+            z = net(views).float()
+        if finetune:
+            loss = F.cross_entropy(head(z), y[mine])
+        else:  # every process takes the same step on the whole batch, as one alone would
+            loss = F.cross_entropy(head(data.gather(z)), y)
         optimizer.zero_grad()
         loss.backward()
-        if world > 1 and not frozen:
+        if finetune and world > 1:
             for p in parameters:
-                torch.distributed.all_reduce(p.grad)
+                dist.all_reduce(p.grad)
                 p.grad /= world
         optimizer.step()
-        progress(lambda: f"epoch {step // epoch_steps + 1}/{args.epochs}  loss {loss.item():.3f}  "
-                         f"{int((time.time() - start) * (steps / (step + 1) - 1))} s left")
-    if world > 1 and not frozen:
-        for buffer in [*net.buffers(), *head.buffers()]:  # the first process's BatchNorm statistics
-            torch.distributed.broadcast(buffer, 0)
+        if progress.due():
+            progress.show(step + 1, f"epoch {step // epoch_steps + 1}/{args.epochs}  "
+                                    f"loss {loss.item():.3f}")
+    if finetune and world > 1:  # the first process's BatchNorm statistics
+        for buffer in [*net.buffers(), *head.buffers()]:
+            dist.broadcast(buffer, 0)
     net.eval()
 
+def finetuned(net, images, rows, x, weight, bias, args):
+    """Fine-tune `net` from the probe (weight, bias) of its features x on: another weight and bias.
 
-# ------------------------------------------------------------------------------------------------------ the results
+    While the features change, a BatchNorm holds them standardized; in the end it is folded in.
+    """
+    mean, std = mean_and_std(x)
+    norm = nn.BatchNorm1d(net.dim, affine=False, device=x.device)
+    linear = nn.Linear(net.dim, len(bias), device=x.device)
+    with torch.no_grad():
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(std ** 2)
+        linear.weight.copy_(weight * std)
+        linear.bias.copy_(bias + weight @ mean)
+    head = nn.Sequential(norm, linear)
+    train(net, head, images, rows, args, args.crop or (0.2, 1), finetune=True)
+    weight = linear.weight.detach() * (norm.running_var + norm.eps).rsqrt()
+    return weight, linear.bias.detach() - weight @ norm.running_mean
+
+def published(net, images, rows, classes, args, crop):
+    """The weight and bias that MoCo's protocol trains on the frozen net."""
+    torch.manual_seed(args.seed)
+    linear = nn.Linear(net.dim, classes)
+    nn.init.normal_(linear.weight, 0, 0.01)
+    nn.init.zeros_(linear.bias)
+    linear.to(images.device)
+    train(net, linear, images, rows, args, crop, finetune=False)
+    return linear.weight.detach(), linear.bias.detach()
+
+# -------------------------------------------------------------------------------------- 5. results
 
 def measure(scores, y):
-    """Scores (N, C) and labels (N,) -> top-1, its 95 % interval (Wilson 1927), top-5 and mean per-class accuracy in %."""
+    """Scores (N, C), labels (N,) -> top-1, its 95 % interval (Wilson 1927), top-5, mean per class.
+    """
     n, classes = scores.shape
-    ranked = scores.topk(min(5, classes)).indices == y[:, None]
-    right = ranked[:, 0].double()
-    count = y.bincount(minlength=classes)
-    each = torch.zeros(classes, dtype=torch.float64, device=y.device).scatter_add_(0, y, right) / count
-    p, z = right.mean().item(), 1.96
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (100 * v / (1 + z * z / n) for v in (middle - half, middle + half))
-    return dict(top1=100 * p, low=low, high=high, top5=100 * ranked.any(1).double().mean().item(),
-                mean_per_class=100 * each[count > 0].mean().item())
-
+    is_right = scores.topk(min(5, classes)).indices == y[:, None]
+    table = confusion(scores, y)
+    count = table.sum(1)
+    per_class = (table.diag() / count)[count > 0]
+    p = is_right[:, 0].float().mean().item()
+    z = 1.96
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return dict(top1=100 * p, low=100 * (middle - half), high=100 * (middle + half),
+                top5=100 * is_right.any(1).float().mean().item(),
+                mean_per_class=100 * per_class.mean().item())
 
 def confusion(scores, y):
-    """(C, C) counts: row the class, column the answer."""
+    """(C, C) counts on the CPU: row the class, column the answer."""
     classes = scores.shape[1]
-    return torch.bincount(y * classes + scores.argmax(1), minlength=classes * classes).view(classes, classes).cpu()
-
+    cell = y * classes + scores.argmax(1)
+    return torch.bincount(cell, minlength=classes * classes).view(classes, classes).cpu()
 
 def draw_confusion(table, names, path):
     """The confusion of classes as a picture: each row sums to one, dark is much."""
     c = len(names)
-    cell, font = max(3, min(40, 900 // c)), ImageFont.load_default(max(8, min(15, 900 // c)))
-    margin = 16 + int(max(font.getlength(name) for name in [*names, "row: class"]))
+    cell = max(3, min(40, 900 // c))
+    font = ImageFont.load_default(max(8, min(15, 900 // c)))
+    margin = 16 + int(max(font.getlength(name) for name in names))
     share = (table / table.sum(1, keepdim=True).clamp(min=1)).numpy()[..., None]
-    colors = np.array([255, 255, 255]) * (1 - share ** 0.6) + np.array([8, 48, 107]) * share ** 0.6  # 1 % is to be seen
-    picture = Image.new("RGB", (margin + c * cell + 10, margin + c * cell + 10), "white")
-    cells = Image.fromarray(colors.round().astype(np.uint8)).resize((c * cell, c * cell), Image.NEAREST)
-    picture.paste(cells, (margin, margin))
-    for anchor, x, turn in (("rm", margin - 6, None), ("lm", 6, Image.ROTATE_90)):  # classes to the left, answers above
-        strip = Image.new("RGB", (margin, c * cell), "white")
-        for i, name in enumerate(names):
-            ImageDraw.Draw(strip).text((x, (i + 0.5) * cell), name, "black", font, anchor=anchor)
-        picture.paste(strip.transpose(turn) if turn else strip, (margin, 0) if turn else (0, margin))
-    ImageDraw.Draw(picture).rectangle((margin - 1, margin - 1, margin + c * cell, margin + c * cell), outline="gray")
-    if cell >= 24:
-        for i in range(c):
-            for j in range(c):
-                at, color = (margin + (j + 0.5) * cell, margin + (i + 0.5) * cell), "white" if share[i, j, 0] > 0.4 else "black"
-                ImageDraw.Draw(picture).text(at, f"{100 * share[i, j, 0]:.0f}", color, font, anchor="mm")
-    ImageDraw.Draw(picture).text((4, 4), "row: class\ncolumn: answer", "gray", ImageFont.load_default(10))
+    dark = share ** 0.6  # 1 % is to be seen
+    colors = (255 * (1 - dark) + np.array([8, 48, 107]) * dark).round().astype(np.uint8)
+    picture = Image.new("RGB", (margin + c * cell + 8, 24 + c * cell + 8), "white")
+    picture.paste(Image.fromarray(colors).resize((c * cell, c * cell), 0), (margin, 24))
+    draw = ImageDraw.Draw(picture)
+    draw.text((margin, 4), "row: class, column: answer, in the same order", "black")
+    for i, name in enumerate(names):
+        draw.text((margin - 6, 24 + (i + 0.5) * cell), name, "black", font, anchor="rm")
     picture.save(path)
 
+def write(args, protocol, table, net, weight, bias, confused, names, seconds):
+    """Print the table; leave it, the confusion and the classifier in the folder of the results."""
+    print(f"\n{args.checkpoint} on {args.data}, {int(confused.sum()):,} test images, "
+          f"{seconds:.0f} s\n{'':<26}{'top-1 %':>9}{'95 % interval':>16}{'top-5 %':>9}"
+          f"{'mean per class %':>18}")
+    for name, row in table.items():
+        print(f"{name:<26}{row['top1']:>9.2f}{row['low']:>9.2f}..{row['high']:<5.2f}"
+              f"{row['top5']:>9.2f}{row['mean_per_class']:>18.2f}")
+    pairs = (confused + confused.T).triu(1)
+    i, j = divmod(int(pairs.argmax()), len(names))
+    print(f"most confused: {names[i]} and {names[j]} ({pairs[i, j]} times)")
+
+    out = Path(args.out) if args.out else default_folder(args, protocol)
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: w.cpu().contiguous() for name, w in net.state_dict().items()}
+    last = models.last_linear(args.arch)
+    weights |= {f"{last}.weight": weight.cpu(), f"{last}.bias": bias.cpu()}
+    data.save(out / "classifier.pt", weights)
+    keys = ("arch", "stem", "size", "data", "root", "keep")
+    network = {key: getattr(args, key) for key in keys} | dict(classes=names)
+    data.save(out / "args.json", json.dumps(network, indent=1))
+    each = 100 * confused.diag() / confused.sum(1).clamp(min=1)
+    data.save(out / "result.json", json.dumps(dict(
+        args=vars(args), table=table, seconds=seconds, test_images=int(confused.sum()),
+        per_class=dict(zip(names, each.tolist())), confusion=confused.tolist()), indent=1))
+    draw_confusion(confused, names, out / "confusion.png")
+    print(f"\nIn {out}: result.json, confusion.png, classifier.pt (torchvision's names, with the "
+          f"last Linear). Use it:\n  python linear_eval.py {out}/classifier.pt --predict IMAGES")
+
+def default_folder(args, protocol):
+    """Beside the checkpoint: eval-DATA-PROTOCOL[-LABELS]."""
+    folder = Path(args.checkpoint)
+    if args.checkpoint == "random":
+        folder = Path("runs") / f"random-{args.arch}"
+    elif not folder.is_dir():
+        folder = folder.parent
+    labels = f"-{args.labels}" if args.labels else ""
+    return folder / f"eval-{Path(args.data).resolve().name}-{protocol}{labels}"
 
 def predict(args):
-    """Print the most probable classes of each image of --predict."""
-    state, info = models.read_backbone(args.checkpoint, args.arch)
-    full, last, names = models.load_file(args.checkpoint), models.last_linear(info["arch"]), info.get("classes")
-    if f"{last}.weight" not in full:
-        raise InputError(f"{args.checkpoint}: has no classifier; linear_eval.py makes one from it and labelled images")
-    names = names or [f"class {i}" for i in range(len(full[f"{last}.bias"]))]
-    net = models.build(info["arch"], info["stem"] or args.stem or "imagenet").eval()
-    net.load_state_dict(state)
-    size, bad = args.size or info["size"] or 224, []
+    """Print the most probable classes of each image of --predict, by a classifier.pt."""
+    weights, info = models.read_backbone(args.checkpoint, args.arch)
+    content = data.load_file(args.checkpoint)
+    last = models.last_linear(info["arch"])
+    if f"{last}.weight" not in content:
+        raise InputError(f"{args.checkpoint}: has no classifier; linear_eval.py makes one from it "
+                         "and labelled images")
+    weight, bias = content[f"{last}.weight"], content[f"{last}.bias"]
+    names = info.get("classes") or [f"class {i}" for i in range(len(bias))]
+    net = models.build(info["arch"], info.get("stem") or "imagenet").eval()
+    net.load_state_dict(weights)
+    size = args.size or info.get("size") or 224
     for path in args.predict:
-        crop = data.attempt(path, (size, None, None))
-        if crop is None:
-            bad.append(path)
-            continue
+        image = data.decode(path, info.get("keep") or size * 3 // 2)
+        if image is None:
+            raise InputError(f"--predict {path}: not readable as an image")
+        pixels, height, width = image
+        shape = torch.tensor([[height, width]]).float()
         with torch.no_grad():
-            p = F.linear(net(data.center(crop[0], size)), full[f"{last}.weight"], full[f"{last}.bias"])[0].softmax(0)
-        print(f"{path}: " + ", ".join(f"{names[i]} {100 * p[i]:.1f} %" for i in p.topk(min(3, len(names))).indices.tolist()))
-    if bad:
-        raise InputError(f"--predict: not readable as an image: {', '.join(bad)}")
+            z = net(data.center(torch.from_numpy(pixels.copy())[None], size, shape))
+        shares, best = F.linear(z, weight, bias)[0].softmax(0).topk(min(3, len(names)))
+        answers = [f"{names[i]} {100 * p:.1f} %" for p, i in zip(shares.tolist(), best.tolist())]
+        print(f"{path}: {', '.join(answers)}")
 
+# ---------------------------------------------------- 6. what is evaluated: flags, network, images
 
-# ---------------------------------------------------------------------------------------------------------- the run
+def add_common_flags(parser):
+    """The flags of this file and of analyze.py. In brackets: what a flag is if it is not given."""
+    add = parser.add_argument
+    add("--data", help="fractals, cifar10, cifar100, stl10 or a folder [the checkpoint's]")
+    add("--root", help="folder of downloaded and decoded data sets [the checkpoint's, or data]")
+    add("--size", type=int, help="side of an image in pixels [the checkpoint's]")
+    add("--keep", type=int, help="side at which a folder's images are stored [as for pretraining]")
+    add("--arch", help=f"[the checkpoint's] {', '.join(models.ARCHS)}")
+    add("--stem", choices=["imagenet", "small"],
+        help="[the checkpoint's; small up to 64 pixels, but not for fractals]")
+    add("--out", help="folder of the results [beside the checkpoint]")
+    add("--seed", type=int, default=0, help="of random weights, subsets and crops [0]")
+    add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
+
+def read_checkpoint(name, args):
+    """The weights of a checkpoint, None for `random`, and `args` with what was open filled in."""
+    args = argparse.Namespace(**vars(args))
+    state = None
+    info = {}
+    if name != "random":
+        state, info = models.read_backbone(name, args.arch)
+        dropped = info["dropped"]
+        print0(f"{name}: {info['arch']}, {len(state)} tensors; dropped {len(dropped)} others "
+               f"{dropped[:3] if dropped else ''}")
+    args.trained_on = info.get("data")
+    if args.data is not None:  # other images: the checkpoint's folders are not theirs
+        info = {key: info[key] for key in ("arch", "stem", "size") if key in info}
+    defaults = dict(arch="mobilenetv3", stem=None, size=None, data="fractals", root="data",
+                    keep=None)
+    for key, default in defaults.items():
+        if getattr(args, key) is None:
+            value = info.get(key)
+            setattr(args, key, default if value is None else value)
+    return state, args
+
+def load_network(state, args, device):
+    """The network of a checkpoint, or the random one that pretraining with this seed starts
+    from."""
+    if args.stem is None:
+        args.stem = "small" if args.size <= 64 and args.data != "fractals" else "imagenet"
+    torch.manual_seed(args.seed)
+    net = models.build(args.arch, args.stem)
+    if state is not None:
+        try:
+            net.load_state_dict(state)
+        except RuntimeError:
+            raise InputError(f"--stem {args.stem}: the checkpoint has the other stem") from None
+    if device.type == "cpu":
+        models.speed_up_small_maps(net)
+    return net.eval().to(device, memory_format=torch.channels_last)
+
+def check_labels(train_set, test_set, name):
+    """InputError unless the images have the labels that an evaluation needs."""
+    wrong = None
+    if not train_set.classes:
+        wrong = "no labels; an evaluation needs a folder for each of at least two classes"
+    elif test_set is None:
+        wrong = "no held-out image; add a folder test/ beside train/, or more images"
+    for c, label in enumerate(train_set.classes):
+        if not (train_set.labels == c).any():
+            wrong = f"class {label} has no training image; add one, or remove the class"
+    if wrong:
+        raise InputError(f"--data {name}: {wrong}")
 
 def labelled_subset(labels, wanted, seed):
-    """Rows of a class-balanced subset: `wanted` is a share ("0.01") of the labelled images or a number a class ("25")."""
-    classes, order = labels.max().item() + 1, torch.randperm(len(labels), generator=data.seeded("labels", seed))
+    """Rows of a class-balanced subset. `wanted`: a share ("0.01") of the labelled images, or a
+    number a class ("25")."""
+    classes = int(labels.max()) + 1
     try:
-        per = max(1, round(float(wanted) * int((labels >= 0).sum()) / classes)) if "." in wanted else int(wanted)
-        assert 0 < per and not ("." in wanted and float(wanted) > 1)
-    except (ValueError, AssertionError):
-        raise InputError(f"--labels {wanted}: neither a share such as 0.01 nor a number of images a class such as 25") from None
-    return torch.cat([order[labels[order] == c][:per] for c in range(classes)]).sort()[0]
+        number = float(wanted) if "." in wanted else int(wanted)
+    except ValueError:
+        number = 0
+    if number <= 0 or ("." in wanted and number > 1):
+        raise InputError(f"--labels {wanted}: neither a share such as 0.01 nor a number of images "
+                         "a class such as 25")
+    if "." in wanted:
+        number = max(1, round(number * int((labels >= 0).sum()) / classes))
+    order = torch.randperm(len(labels), generator=data.seeded("labels", seed))
+    rows = [order[labels[order] == c][:number] for c in range(classes)]
+    return torch.cat(rows).sort()[0]
 
-
-def check_labels(train, test, name):
-    """Refuse data whose labels an evaluation cannot use."""
-    if not train.classes:
-        raise InputError(f"--data {name}: no labels; an evaluation needs a folder for each of at least two classes")
-    if test is None or len(test) == 0:
-        raise InputError(f"--data {name}: no held-out image; add a folder test/ beside train/, or more images")
-    absent = set(range(len(train.classes))) - set(train.labels.tolist())
-    if absent:
-        raise InputError(f"--data {name}: class {train.classes[min(absent)]} has no training image; add one, or remove the class")
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a run's folder, a checkpoint file, or random")
-    flags(parser)
-    parser.add_argument("--protocol", default="fast", choices=["fast", "moco"],
-                        help="fast: one pass over the images, then the best of some penalties; moco: 100 epochs of random "
-                             "crops, SGD at lr 30 (He et al. 2020) [fast]")
-    parser.add_argument("--knn", action="store_true", help="also weighted kNN (Wu et al. 2018) for some k and temperatures")
-    parser.add_argument("--finetune", action="store_true", help="train the whole network, from that probe's classifier on")
-    parser.add_argument("--labels", help="use a share (0.01) of the labels, or so many a class (25), the same for a --seed [all]")
-    parser.add_argument("--epochs", type=int, help="[moco: 100; fine-tuning: 30]")
-    parser.add_argument("--batch", type=int, default=256, help="images in a step, over all processes [256]")
-    parser.add_argument("--lr", type=float, help="for a batch of that size [moco: 30; fine-tuning: 0.03]")
-    parser.add_argument("--wd", type=float, help="weight decay [moco: 0; fine-tuning: 1e-4]")
-    parser.add_argument("--crop", type=float, nargs=2, metavar=("LO", "HI"),
-                        help="area of the random crops [0.08 1; as published for transfer 0.6 1, and for fine-tuning 0.2 1]")
-    parser.add_argument("--predict", nargs="+", metavar="IMAGE",
-                        help="name the classes of these images; the checkpoint is a classifier.pt made here")
-    args = parser.parse_args(argv)
-    if args.predict:
-        return predict(args)
-    began, device = time.time(), data.start(args.device)
-    protocol = "finetune" if args.finetune else args.protocol
-    usual = dict(epochs=30, lr=0.03, wd=1e-4) if args.finetune else dict(epochs=100, lr=30.0, wd=0.0)
-    for key, value in usual.items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
-    if min(args.epochs, args.batch, args.lr) <= 0:
-        raise InputError("--epochs, --batch, --lr: must be above 0")
-
-    state, known = read_checkpoint(args.checkpoint, args)
-    train_set, test_set, known["size"] = data.load(known["data"], known["root"], known["size"], args.seed, device, args.stream,
-                                                   args.workers)
-    check_labels(train_set, test_set, known["data"])
-    net, size, classes = network(state, known, args.seed).to(device), known["size"], len(train_set.classes)
-    rows = (train_set.labels >= 0).nonzero()[:, 0]
-    rows = rows if args.labels is None else labelled_subset(train_set.labels, args.labels, args.seed)
-    say(f"{known['arch']} at {size} pixels on {known['data']}: {len(rows):,} training and {len(test_set):,} test images, "
-        f"{classes} classes")
-
-    def features(images, rows=None):
-        return extract(net, images, size, device, rows, args.workers, args.memory)
-
+def knn_table(train_x, train_y, test_x, test_y, classes):
+    """{name: measures} of weighted kNN for some k."""
+    distances, rows = neighbours(unit(train_x), unit(test_x), 200)
     table = {}
-    if args.knn or protocol != "moco":
-        train_x, train_y = features(train_set, rows)
-    if args.knn:
-        test_x, test_y = features(test_set)
-        near = neighbours(unit(train_x), unit(test_x), min(200, len(train_x)))
-        for k in (1, 10, 20, 100, 200):
-            for temperature in (0.07, 0.1, 0.2):
-                if k <= near[1].shape[1]:
-                    scores = vote(near[0][:, :k], train_y[near[1][:, :k]], classes, temperature)
-                    table[f"kNN, k {k}, T {temperature:g}"] = measure(scores, test_y)
-    torch.manual_seed(args.seed)
-    if protocol == "moco":
-        linear = nn.Linear(net.dim, classes, device=device)
-        nn.init.normal_(linear.weight, 0, 0.01), nn.init.zeros_(linear.bias)
-        transfer = known["trained_on"] not in (None, known["data"])
-        train(net, linear, train_set, rows, args, size, args.crop or ((0.6, 1) if transfer else (0.08, 1)), device, True)
-        weight, bias = linear.weight.detach(), linear.bias.detach()
-    else:
-        weight, bias = fast_probe(train_x, train_y, classes, device)
-    if args.finetune:  # the classifier behind a BatchNorm, for the features change; at the end the two are one again
-        norm, linear = nn.BatchNorm1d(net.dim, affine=False, device=device), nn.Linear(net.dim, classes, device=device)
-        standardized = Standardized(train_x, device)
-        with torch.no_grad():
-            norm.running_mean.copy_(standardized.mean), norm.running_var.copy_(standardized.std ** 2)
-            linear.weight.copy_(weight * standardized.std), linear.bias.copy_(bias + weight @ standardized.mean)
-        train(net, nn.Sequential(norm, linear), train_set, rows, args, size, args.crop or (0.2, 1), device, False)
-        weight = linear.weight.detach() * (norm.running_var + norm.eps).rsqrt()
-        bias = linear.bias.detach() - weight @ norm.running_mean
-    test_x, test_y = features(test_set)
-    scores = torch.cat([F.linear(x.to(device).float(), weight, bias) for x in test_x.split(8192)])
-    name = {"fast": "linear, fast", "moco": f"linear, moco, {args.epochs} epochs",
-            "finetune": f"fine-tuned, {args.epochs} epochs"}[protocol]
-    table[name] = measure(scores, test_y)
-    if rank_world()[0] == 0:
-        write(args, known, protocol, table, net, weight, bias, confusion(scores, test_y), train_set.classes,
-              time.time() - began)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    for k in (1, 10, 20, 100, 200):
+        if k <= rows.shape[1]:
+            scores = vote(distances[:, :k], train_y[rows[:, :k]], classes, temperature=0.1)
+            table[f"kNN, k {k}, T 0.1"] = measure(scores, test_y)
     return table
 
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a run's folder, a checkpoint file, or random")
+    add_common_flags(parser)
+    add = parser.add_argument
+    add("--protocol", default="fast", choices=["fast", "moco"],
+        help="fast: one pass over the images; moco: 100 epochs of crops, SGD at lr 30 [fast]")
+    add("--knn", action="store_true", help="also weighted kNN, for some k")
+    add("--finetune", action="store_true", help="train the whole network, from the fast probe on")
+    add("--labels", help="a share (0.01) of the labels, or so many a class (25), by --seed [all]")
+    add("--epochs", type=int, help="[moco: 100; fine-tuning: 30]")
+    add("--batch", type=int, default=256, help="images in a step, over all processes [256]")
+    add("--lr", type=float, help="for a batch of that size [moco: 30; fine-tuning: 0.03]")
+    add("--wd", type=float, help="weight decay [moco: 0; fine-tuning: 1e-4]")
+    add("--crop", type=float, nargs=2, metavar=("LO", "HI"),
+        help="area of the crops [0.08 1; for transfer 0.6 1, for fine-tuning 0.2 1, as published]")
+    add("--predict", nargs="+", metavar="IMAGE",
+        help="name the classes of these images; the checkpoint is a classifier.pt made here")
+    args = parser.parse_args(argv)
+    usual = dict(epochs=100, lr=30.0, wd=0.0)
+    if args.finetune:
+        usual = dict(epochs=30, lr=0.03, wd=1e-4)
+    for key, value in usual.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if min(args.epochs, args.batch, args.lr) <= 0:
+        raise InputError("--epochs, --batch, --lr: must be above 0")
+    return args
 
-def write(args, known, protocol, table, net, weight, bias, confused, names, seconds):
-    """Print the table; leave it, the classes' accuracies, the confusion and the classifier in the folder of the results."""
-    labels = f", {args.labels} {'of the labels' if '.' in args.labels else 'labels a class'}" if args.labels else ""
-    print(f"\n{args.checkpoint} on {known['data']}{labels}, {int(confused.sum()):,} test images, {seconds:.0f} s\n"
-          f"{'':<26}{'top-1 %':>9}{'95 % interval':>16}{'top-5 %':>9}{'mean per class %':>18}")
-    for name, row in table.items():
-        print(f"{name:<26}{row['top1']:>9.2f}{row['low']:>9.2f}..{row['high']:<5.2f}{row['top5']:>9.2f}"
-              f"{row['mean_per_class']:>18.2f}")
-    each = 100 * confused.diag() / confused.sum(1).clamp(min=1)
-    pairs = confused + confused.T
-    pairs = [(i, j, int(pairs[i, j])) for i in range(len(names)) for j in range(i)]
-    pairs = [(names[j], names[i], count) for i, j, count in sorted(pairs, key=lambda pair: -pair[2])[:3]]
-    ranked = [f"{names[i]} {each[i]:.1f} %" for i in sorted(range(len(names)), key=lambda i: each[i])]
-    print(f"hardest classes: {', '.join(ranked[:5])}; easiest: {', '.join(ranked[:-6:-1])}\n"
-          f"most confused: {', '.join(f'{a} and {b} ({count})' for a, b, count in pairs)}")
+def main(argv=None):
+    args = parse(argv)
+    if args.predict:
+        return predict(args)
+    began = time.time()
+    device = data.start(args.device)
+    state, args = read_checkpoint(args.checkpoint, args)
+    train_set, test_set, args.size = data.load(args.data, args.root, args.size, args.keep, device)
+    check_labels(train_set, test_set, args.data)
+    classes = len(train_set.classes)
+    net = load_network(state, args, device)
+    rows = (train_set.labels >= 0).nonzero()[:, 0]
+    if args.labels is not None:
+        rows = labelled_subset(train_set.labels, args.labels, args.seed)
+    print0(f"{args.arch} at {args.size} pixels on {args.data}: {len(rows):,} training and "
+           f"{len(test_set):,} test images, {classes} classes")
 
-    path = Path(args.checkpoint)
-    beside = Path("runs") / f"random-{known['arch']}" if args.checkpoint == "random" else path if path.is_dir() else path.parent
-    label = f"-{args.labels}" if args.labels else ""
-    out = Path(args.out) if args.out else beside / f"eval-{Path(known['data']).resolve().name}-{protocol}{label}"
-    out.mkdir(parents=True, exist_ok=True)
-    last = models.last_linear(known["arch"])
-    backbone = {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
-    data.save(out / "classifier.pt", backbone | {f"{last}.weight": weight.cpu(), f"{last}.bias": bias.cpu()})
-    described = {k: known[k] for k in ("arch", "stem", "size", "data", "root")} | dict(classes=names)
-    (out / "args.json").write_text(json.dumps(described, indent=1))
-    (out / "result.json").write_text(json.dumps(dict(
-        checkpoint=args.checkpoint, args=vars(args), table=table, seconds=seconds, test_images=int(confused.sum()),
-        per_class=dict(zip(names, each.tolist())), most_confused=pairs, confusion=confused.tolist()), indent=1))
-    draw_confusion(confused, names, out / "confusion.png")
-    print(f"\nIn {out}: result.json, confusion.png and classifier.pt (torchvision's names, last Linear included). Use it:\n"
-          f"  python linear_eval.py {out}/classifier.pt --predict IMAGES")
-
+    table = {}
+    if args.knn or args.finetune or args.protocol == "fast":
+        train_x, train_y = extract(net, train_set, args.size, rows)
+    if args.knn:
+        table = knn_table(train_x, train_y, *extract(net, test_set, args.size), classes)
+    if args.protocol == "moco" and not args.finetune:
+        is_transfer = args.trained_on not in (None, args.data)
+        crop = args.crop or ((0.6, 1) if is_transfer else (0.08, 1))
+        weight, bias = published(net, train_set, rows, classes, args, crop)
+        protocol = "moco"
+        name = f"linear, moco, {args.epochs} epochs"
+    else:
+        weight, bias = linear_probe(train_x, train_y, classes)
+        protocol = "fast"
+        name = "linear, fast"
+    if args.finetune:
+        weight, bias = finetuned(net, train_set, rows, train_x, weight, bias, args)
+        protocol = "finetune"
+        name = f"fine-tuned, {args.epochs} epochs"
+    test_x, test_y = extract(net, test_set, args.size)
+    scores = F.linear(test_x, weight, bias)
+    table[name] = measure(scores, test_y)
+    if rank_world()[0] == 0:
+        write(args, protocol, table, net, weight, bias, confusion(scores, test_y),
+              train_set.classes, time.time() - began)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return table
 
 if __name__ == "__main__":
     try:

@@ -1,813 +1,755 @@
-"""MoCo v2 pretraining of a small network on unlabeled images, in one file.
+"""MoCo v2 pretraining of a small network on unlabeled images.
 
-    torchrun pretrain.py --arch mobilenetv3 --temp 0.1                      # some minutes on a laptop, no download
-    torchrun pretrain.py --data FOLDER --arch mobilenetv3 --temp 0.1        # your own images, with or without labels
-    torchrun --nproc-per-node 8 pretrain.py --data FOLDER ...               # eight GPUs; --batch is their total
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 pretrain.py ...  # two nodes
-    python pretrain.py --out runs/mine --resume                             # go on with a run (or start it)
+    torchrun pretrain.py --arch mobilenetv3 --temp 0.1     # some minutes on a laptop, no download
+    torchrun pretrain.py --data FOLDER --temp 0.1          # your own images, with or without labels
+    torchrun --nproc-per-node 8 pretrain.py --data FOLDER  # eight GPUs; --batch is their total
+    python pretrain.py --out runs/mine --resume            # go on with a run, or start it
 
-The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), and for small networks Shi et al. 2022 (ssl-small).
-Run it with --help for the table of flags: each with its meaning, its default and where that comes from.
+The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), for small networks Shi et al. 2022.
+Read it from top to bottom: the method, one step, the training loop. Then, as needed: the details
+of the loss, views, networks, monitor and report, files, flags.
 """
 import argparse
 import copy
 import json
 import math
 import os
-import platform
-import resource
-import signal
 import sys
 import time
-import zipfile
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import data
+import linear_eval
 import models
-from analyze import alignment, uniformity
-from data import InputError, rank_world, say
-from linear_eval import extract, knn, pixels_of, ridge
+from data import InputError, print0, rank_world
 
-# ------------------------------------------------------------------------------------------------------ the flags
-
-RECIPES = {"moco-v2": {},
-           "small": dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi et al. 2022
-           "light": dict(symmetric=True, smooth=0.1, head="2048", momentum_end=1.0),  # Lin et al. 2022
-           "local": dict(local_crops=6, local_scale=[0.05, 0.3], crop=[0.3, 1.0])}  # Tan et al. 2023
-
-
-def typed(flags):
-    """{name: value} as one types it."""
-    words = []
-    for name, value in flags.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return " ".join(words)
-
-
-AUTO = {}  # flags whose default depends on the data: name -> rule of n images and the flags before it
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def flag(name, default, kind, text, rule=None, **more):
-        if rule:
-            AUTO[name[2:].replace("-", "_")] = rule
-        if kind is bool:
-            return group.add_argument(name, action="store_true", help=text)
-        shown = "auto" if default is None else " ".join(map(str, default)) if isinstance(default, list) else default
-
-        def read(value):  # a default of None stands for auto
-            return None if default is None and value == "auto" else kind(value)
-
-        read.__name__ = kind.__name__
-        group.add_argument(name, default=default, type=read, help=f"{text} [{shown}]", **more)
-
-    group = parser.add_argument_group("data")
-    flag("--data", "fractals", str, "fractals (drawn in memory), cifar10, cifar100, stl10, or a folder of images")
-    flag("--root", "data", str, "where torchvision's data sets are, or are downloaded to")
-    flag("--size", None, int, "side of a view in pixels; auto: the images' shorter side, at most 224")
-    flag("--stream", "auto", str, "read files while training (on) or decode all into memory once (off)",
-         choices=["auto", "on", "off"])
-    flag("--workers", None, int, "decoding threads or processes; auto: the cores of this process, at most 16",
-         lambda n, a: max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
-
-    group = parser.add_argument_group("network")
-    flag("--arch", "mobilenetv3", str, ", ".join(models.ARCHS))
-    flag("--stem", None, str, "imagenet, or small (stride 1, for small images); auto: small up to 64 pixels, but imagenet for "
-         "the fractals, for speed",
-         lambda n, a: "small" if a.size <= 64 and a.data != "fractals" else "imagenet")
-    flag("--head", "simple", str, f"projection head: {', '.join(models.HEADS)}, or a hidden width; MoCo v2: simple, "
-         "Shi 2022: wide")
-    flag("--dim", 128, int, "width C of the embedding (MoCo)")
-    flag("--init", "random", str, "where the backbone starts: random, or a checkpoint of any known format")
-
-    group = parser.add_argument_group("contrast")
-    flag("--temp", 0.2, float, "temperature of InfoNCE; MoCo v2: 0.2, Shi 2022: 0.1")
-    flag("--momentum", None, float, "m of the key encoder; MoCo: 0.999; auto: that for runs of 100,000 steps, 0.99 from 5,000, "
-         "else 0.8, for a key encoder that lags by more than a few per cent of the run teaches the past",
-         lambda n, a: 0.999 if total_steps(n, a) >= 100_000 else 0.99 if total_steps(n, a) >= 5_000 else 0.8)
-    flag("--queue", None, int, "negatives K; MoCo: 65536; auto: a power of two up to a tenth of the images, and so short that "
-         "its oldest keys are no staler than MoCo's own, K / batch = 0.256 / (1 - m), but 2 batches: queries tell stale keys from "
-         "new ones instead of one image from another",
-         lambda n, a: min(n, max(2 * a.batch * (1 + a.symmetric),
-                                 power(min(65536, n // 10, 0.2561 * a.batch / max(1e-6, 1 - a.momentum))))))
-    flag("--bn-splits", None, int, "sub-batches, over all processes, in which the shuffled keys meet BatchNorm; auto: MoCo's 8, "
-         "fewer if they would have under 64 images, but 2",
-         lambda n, a: next((s for s in range(max(2, rank_world()[1], min(8, a.batch // 64)), 0, -1)
-                           if a.batch % s == 0 and s % rank_world()[1] == 0), rank_world()[1]))
-
-    group = parser.add_argument_group("beyond MoCo v2")
-    flag("--symmetric", False, bool, "both views are query and key (MoCo's CIFAR notebook; Lin 2022)")
-    flag("--smooth", 0, float, "S: the target is 1 - S on the positive, S / k on each of the k nearest queue keys (Lin 2022)")
-    flag("--smooth-k", 5, int, "that k")
-    flag("--local-crops", 0, int, "N local query views more, all matched to the key (Tan 2023: 6)")
-    flag("--local-size", None, int, "their side in pixels; auto: Tan 2023's 128 of 224, in multiples of 4",
-         lambda n, a: max(8, round(a.size * 128 / 224 / 4) * 4))
-    flag("--local-scale", [0.05, 0.3], float, "range of their area; Tan 2023: with --crop 0.3 1", nargs=2,
-         metavar=("LO", "HI"))
-    flag("--momentum-end", None, float, "the key encoder's m goes from --momentum to this along a cosine (Lin 2022: 1); auto: stays",
-         lambda n, a: a.momentum)
-    flag("--teacher", None, str, "distill this checkpoint (SEED, Fang 2021) for --teacher-epochs, then contrast; its embedding "
-         "has to have --dim numbers")
-    flag("--teacher-arch", None, str, "its network, where the file fits several")
-    flag("--teacher-epochs", None, float, "auto: a tenth of the run, the paper's initialization; as many as --epochs: "
-         "distillation alone", lambda n, a: total_steps(n, a) / steps_an_epoch(n, a) / 10)
-    flag("--teacher-temp", 0.01, float, "temperature of the teacher's softmax (SEED)")
-
-    group = parser.add_argument_group("augmentation (defaults: MoCo v2)")
-    flag("--crop", [0.2, 1.0], float, "range of the random resized crop's area", nargs=2, metavar=("LO", "HI"))
-    flag("--jitter", 0.4, float, "strength of brightness, contrast and saturation jitter, p 0.8; Shi 2022: 0.8")
-    flag("--hue", 0.1, float, "range of hue jitter in turns, p 0.8; Shi 2022: 0.4")
-    flag("--gray", 0.2, float, "probability of grayscale; Shi 2022: 0.5")
-    flag("--blur", 0.5, float, "probability of Gaussian blur, sigma 0.1..2.0 at 224 pixels")
-    flag("--hide", False, bool, "hide-and-seek: hide cells of a grid with the mean (Singh & Lee 2017, Shi 2022)")
-
-    group = parser.add_argument_group("optimization")
-    flag("--epochs", None, int, "passes over the images; auto: MoCo's 200, for fractals 14",
-         lambda n, a: 14 if a.data == "fractals" else 200)
-    flag("--steps", 0, int, "steps of the whole run instead of --epochs; 0: as many as --epochs says")
-    flag("--batch", None, int, "images in a step, over all processes; MoCo: 256; auto: a power of two up to 1/80 of the images, "
-         "32 to 256",
-         lambda n, a: max(2, min(max(32, power(min(256, n // 80))), power(n // 4)) // rank_world()[1] * rank_world()[1]))
-    flag("--lr", None, float, "learning rate of SGD; auto: MoCo's 0.03 per 256 images in a batch, 0.04 in runs under 5,000 "
-         "steps",
-         lambda n, a: (0.04 if total_steps(n, a) < 5_000 else 0.03) * a.batch / 256)
-    flag("--wd", 1e-4, float, "weight decay (MoCo); SGD's momentum is 0.9")
-    flag("--warmup", 0, float, "epochs of linear warm-up (MoCo: none)")
-    flag("--schedule", "cosine", str, "of the learning rate (MoCo v2: cosine)", choices=["cosine", "constant"])
-
-    group = parser.add_argument_group("run")
-    flag("--recipe", "moco-v2", str, "a set of the flags above, each of which still overrides it: " + "; ".join(
-         f"{name}: {typed(flags) or 'the defaults'}" for name, flags in RECIPES.items()), choices=list(RECIPES))
-    flag("--out", None, str, "folder of the run; auto: the next free runs/DATA-ARCH-N")
-    flag("--resume", False, bool, "go on with the run in --out, with its flags; start one if there is none")
-    flag("--save-every", 10, float, "minutes between checkpoints within an epoch; there is one at the end of each, too")
-    flag("--seed", 0, int, "of weights, order and views")
-    flag("--device", "auto", str, "cuda, mps or cpu; auto: the first there is")
-    flag("--precision", "auto", str, "of the networks, bfloat16 by autocast; auto: bfloat16 on CUDA",
-         choices=["auto", "float32", "bfloat16"])
-    flag("--compile", "auto", str, "torch.compile with CUDA graphs; auto: on CUDA", choices=["auto", "on", "off"])
-    flag("--knn-every", None, int, "epochs between looks at held-out images; auto: a fifth of the run",
-         lambda n, a: max(1, total_steps(n, a) // steps_an_epoch(n, a) // 5))
-    flag("--profile", 0, int, "run N steps, print where their time goes as one JSON object, and end")
-
-    args = parser.parse_args(argv)
-    if args.recipe != "moco-v2":
-        parser.set_defaults(**RECIPES[args.recipe])
-        args = parser.parse_args(argv)
-    if args.resume:
-        if not args.out:
-            raise InputError("--resume: name the run's folder with --out")
-        if (Path(args.out) / "args.json").is_file():
-            parser.set_defaults(**models.read_json(Path(args.out) / "args.json"))
-            args = parser.parse_args(argv)
-    return args
-
-
-def steps_an_epoch(n, args):
-    return max(1, n // max(1, args.batch))  # the last incomplete batch is dropped
-
-
-def total_steps(n, args):
-    return args.steps or args.epochs * steps_an_epoch(n, args)
-
-
-def power(n):
-    """The largest power of two up to n."""
-    return 1 << max(0, int(n).bit_length() - 1)
-
-
-def resolve(args, n):
-    """Fill in what is `auto`, in an order in which each rule finds what it needs, and refuse what cannot work."""
-    rules = ["stem", "batch", "epochs", "momentum", "momentum_end", "queue", "bn_splits", "lr", "knn_every", "local_size",
-             "teacher_epochs"]
-    unused = ["momentum_end"] + ["local_size"] * (not args.local_crops) + ["teacher_epochs"] * (not args.teacher)
-    picked = [name for name in rules if getattr(args, name) is None]
-    for name in picked:
-        setattr(args, name, AUTO[name](n, args))
-    if args.recipe != "moco-v2":
-        say(f"--recipe {args.recipe}: {typed({name: getattr(args, name) for name in RECIPES[args.recipe]})}")
-    if shown := [name for name in picked if name not in unused]:
-        say(f"picked for {n:,} images: " + ", ".join(typed({name: getattr(args, name)}) for name in shown))
-    world = rank_world()[1]
-    for wrong, message in [
-        (args.batch > n, f"--batch {args.batch}: there are only {n} images; lower it"),
-        (args.batch < 2 or args.batch % world,
-         f"--batch {args.batch}: must be at least 2 and a multiple of the {world} processes"),
-        (args.queue <= args.batch * (1 + args.symmetric),
-         f"--queue {args.queue}: must be larger than --batch {args.batch}" + ", twice with --symmetric" * args.symmetric),
-        (args.queue > n,
-         f"--queue {args.queue}: must not exceed the {n} images, or an image meets itself as a negative"),
-        (args.bn_splits < 1 or args.batch % args.bn_splits or args.bn_splits % world or args.batch < 2 * args.bn_splits,
-         f"--bn-splits {args.bn_splits}: must divide --batch {args.batch} into parts of 2 or more, "
-         f"the same number on each of {world} processes"),
-        (not args.temp > 0, f"--temp {args.temp}: must be above 0; 0.05 to 0.5 is usual"),
-        (not 0 <= args.momentum <= 1, f"--momentum {args.momentum}: must be within 0..1"),
-        (not 0 <= args.momentum_end <= 1, f"--momentum-end {args.momentum_end}: must be within 0..1"),
-        *((not 0 < low <= high <= 1, f"{name} {low} {high}: must be 0 < LO <= HI <= 1")
-          for name, (low, high) in (("--crop", args.crop), ("--local-scale", args.local_scale))),
-        (not 0 <= args.smooth < 1 or not 0 < args.smooth_k <= args.queue,
-         f"--smooth {args.smooth:g} --smooth-k {args.smooth_k}: must be within 0..1 and 1..--queue"),
-        (args.local_crops < 0 or args.local_size < 8,
-         f"--local-crops {args.local_crops} --local-size {args.local_size}: must not be negative, and at least 8 pixels"),
-        (not args.teacher_temp > 0, f"--teacher-temp {args.teacher_temp}: must be above 0"),
-        (min(args.jitter, args.hue, args.gray, args.blur) < 0, "--jitter, --hue, --gray, --blur: must not be negative"),
-        (min(args.dim, args.epochs, args.lr, args.knn_every) <= 0,
-         "--dim, --epochs, --lr, --knn-every: must be above 0"),
-    ]:
-        if wrong:
-            raise InputError(message)
-
-
-# ----------------------------------------------------------------------------------------------------- the method
+# ----------------------------------------------------------------------------------- 1. the method
 
 class Encoder(nn.Module):
-    """Backbone and projection head: images (N, 3, H, W) -> unit embeddings (N, C)."""
+    """Backbone and projection head: a list of image batches -> their unit embeddings, concatenated.
+
+    Each batch of the list has BatchNorm statistics of its own.
+    """
 
     def __init__(self, backbone, head):
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone = backbone
+        self.head = head
 
-    def forward(self, x, splits=1):
-        """In `splits` sub-batches, each with BatchNorm statistics of its own."""
-        return torch.cat([F.normalize(self.head(self.backbone(part)).float(), dim=1) for part in x.chunk(splits)])
+    def forward(self, batches):
+        embeddings = []
+        for images in batches:
+            z = self.head(self.backbone(images))
+            embeddings.append(F.normalize(z.float(), dim=1))
+        return torch.cat(embeddings)
 
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm with statistics of each of `splits` parts of the batch alone (MoCo's CIFAR
+    notebook)."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        return torch.cat([nn.BatchNorm2d.forward(self, part) for part in x.chunk(self.splits)])
 
 class MoCo(nn.Module):
-    """A query encoder that learns, a key encoder that follows it, and a queue of past keys (He et al. 2020, algorithm 1)."""
+    """A query encoder that learns, a key encoder that follows it, a queue of past keys (He et
+    al.)."""
 
-    def __init__(self, encoder, dim, queue, momentum):
+    def __init__(self, encoder, dim, queue_size, splits):
         super().__init__()
-        self.encoder_q, self.encoder_k = encoder, copy.deepcopy(encoder).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))
-        self.momentum = momentum
+        self.encoder_q = encoder
+        self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
+        for layer in self.encoder_k.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.__class__ = SplitBatchNorm
+                layer.splits = splits
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
 
     @torch.no_grad()
-    def update_key_encoder(self):
-        """f_k <- m f_k + (1 - m) f_q for all parameters at once (eq. 2); its BatchNorm statistics are its own."""
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.momentum)
+    def update_key_encoder(self, m):
+        """f_k <- m f_k + (1 - m) f_q (eq. 2): weights only; BatchNorm's statistics are its own."""
+        keys = list(self.encoder_k.parameters())
+        torch._foreach_lerp_(keys, list(self.encoder_q.parameters()), 1 - m)  # all at once
 
     @torch.no_grad()
-    def start_from_query(self, generator):
-        """After a distillation: the key encoder becomes the query encoder, the queue random keys."""
-        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
-        self.queue.copy_(F.normalize(torch.randn(self.queue.shape, generator=generator), dim=1))
+    def encode_keys(self, views, order):
+        """Keys (B, C) of the whole batch, from this process's share of the views in shuffled
+        `order`.
+
+        Shuffling BN (section 3.3): keys meet BatchNorm in other company than their queries, in
+        parts. Else a query could find its key by the batch statistics that both share.
+        """
+        shuffled = data.gather(self.encoder_k([views]))
+        keys = torch.empty_like(shuffled)
+        keys[order] = shuffled
+        return keys
 
     @torch.no_grad()
-    def keys(self, v_k, perm, splits):
-        """Unit keys (B, C) of the whole batch in the order of its queries, from this process's share (n, 3, H, W) of the
-        views in the order `perm`: so a query's BatchNorm statistics are of other images than its key's (section 3.3)."""
-        k = data.gather(self.encoder_k(v_k, splits))
-        return unshuffle(k, perm)
+    def enqueue(self, keys, step):
+        """The keys (B, C) of a step overwrite the oldest ones: the queue is a ring."""
+        rows = torch.arange(step * len(keys), (step + 1) * len(keys), device=keys.device)
+        self.queue[rows % len(self.queue)] = keys
 
-    @torch.no_grad()
-    def enqueue(self, k, step):
-        """Overwrite the oldest keys with the B new ones, around the end of the queue where it comes to that."""
-        at = torch.arange(step * len(k), (step + 1) * len(k), device=k.device) % len(self.queue)
-        self.queue.index_copy_(0, at, k.to(self.queue.dtype))
+def info_nce_plain(q, k, queue, temperature, target=None):
+    """InfoNCE as a formula: cross-entropy of a softmax over [own key, all keys of the queue].
 
+    q, k, target (N, C), queue (K, C), rows of length one -> loss (N,), and whether a query's own
+    key is nearer than all of the queue (N,). `target` is the mean key under the wanted
+    distribution: k in MoCo (Oord et al. 2018), softer in section 4.
+    """
+    target = k if target is None else target
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature
+    loss = logits.logsumexp(1) - (q * target).sum(1) / temperature
+    return loss, logits[:, 0] > logits[:, 1:].amax(1)
 
 def info_nce(q, k, queue, temperature, target=None):
-    """InfoNCE of queries q (N, C) with positives k (N, C) and negatives queue (K, C), unit rows (Oord et al. 2018).
+    """The same without the N x (1 + K) logits in memory, in one pass. Only q gets a gradient.
 
-    -> loss (N,), and hits (N,): is the positive more similar than every negative. Only q gets a gradient. `target` (N, C)
-    makes it the cross-entropy against any distribution over [k_i, queue]: it is the mean key t_i under that, k_i if None.
-
-    The loss is attention with the queue as keys and as values: attention returns o_i = sum_j p_ij queue_j under the
-    softmax p over the negatives, and the log-sum-exp s_i of their logits, here less the positive's, q_i.k_i / T. Then
-
-        loss_i = log(1 + e^s_i)        d loss_i / d q_i = sigmoid(s_i) (o_i - k_i) / T
-
-    so the forward pass already holds the gradient, and neither pass ever holds the N x K logits. Another target adds
-    q_i.(k_i - t_i) / T to the loss, and (k_i - t_i) / T to the gradient.
+    The gradient of a log-sum-exp is a mean under the softmax, which is what attention computes. So
+    the forward pass already holds  d loss / d q = (mean key under the softmax - target) / T.
     """
-    x, k, queue = q.detach(), k.detach(), queue.detach()
-    if q.device.type == "cpu" and len(q) * len(queue) <= 2 ** 18:  # few logits do not average the rounding of 1 / T away,
-        x, k, queue = x.double(), k.double(), queue.double()       # and few cost nothing in double
-    similarity = (x * k).sum(1)
-    o, s, top = attend(x, queue, 1 / temperature, similarity / temperature)
-    loss, gradient = F.softplus(s), s.sigmoid()[:, None] * (o - k)
-    if target is not None:
-        loss, gradient = loss + (x * (k - target)).sum(1) / temperature, gradient + (k - target)
-    gradient = (gradient / temperature).to(q.dtype)
-    return loss.to(q.dtype) + ((q - q.detach()) * gradient).sum(1), similarity > top  # adds 0, and `gradient` to q's
+    with torch.no_grad():
+        target = k if target is None else target
+        mean, excess, hit = softmax_over_keys(q, k, queue, temperature)
+        loss = excess + (q * (k - target)).sum(1) / temperature
+        gradient = (mean - target) / temperature
+    zero = ((q - q.detach()) * gradient).sum(1)  # but it has that gradient
+    return loss + zero, hit
 
+# ------------------------------------------------------------------------------------- 2. one step
 
-def attend(q, queue, scale, shift):
-    """Attention of q (N, C) over queue (K, C) as keys and values.
+def train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, step, args):
+    """Queries, keys, loss, update. `encoder_q` is moco.encoder_q, under torchrun wrapped in DDP.
 
-    -> output (N, C), log-sum-exp of the logits q.queue_j * `scale` less `shift` (N,), largest q.queue_j (N,).
+    -> (2,): mean loss, and instance accuracy: the share of queries whose own key is the nearest.
     """
-    if q.is_cuda:  # PyTorch's flash attention in float16; few queries fill a GPU when the queue lies along the batch
-        half, K = queue.half(), len(queue)
-        parts = next(p for p in range(64, 0, -1) if K % p == 0)
-        kv, qh = half.view(parts, 1, K // parts, -1), q.half()
-        o, s = torch.ops.aten._scaled_dot_product_flash_attention(qh.expand(parts, 1, *q.shape), kv, kv, scale=scale)[:2]
-        s, top = s[:, 0], torch.stack([(qh @ part.T).amax(1) for part in half.split(8192)]).amax(0)
-        return torch.einsum("pn,pnc->nc", s.softmax(0), o[:, 0].float()), s.logsumexp(0) - shift, top.to(q.dtype)
-    # Blocks that stay in the cache. Less the positive's logit, the logits of unit rows are at most 2 / T: no overflow down
-    # to T 0.025, where a bound takes over, so no running maximum is needed, and the largest similarity comes out of the
-    # same pass: PyTorch's CPU flash attention is 1.15 times as fast but lacks it, the compiled plain formula takes 1.6
-    # times as long (N 256, C 128, K 65536, 2 cores).
-    base = shift.clamp(min=scale - 80)[:, None]
-    total, top, o = 0, q.new_full((len(q),), -math.inf), torch.zeros_like(q)
-    for block in queue.split(max(128, 2 ** 18 // len(q))):
-        p = torch.addmm(-base, q, block.T, alpha=scale)
-        top = torch.maximum(top, p.amax(1))
-        total = total + p.exp_().sum(1)
-        o.addmm_(p, block)
-    base = base[:, 0]
-    return o / total.clamp(min=1e-38)[:, None], total.log() + (base - shift), (top + base) / scale
+    query_views, key_views, order = views
+    rank, world = rank_world()
+    n = args.batch // world  # images of this process
+    is_distilling = teacher is not None and step < args.teacher_steps
 
+    with autocast:
+        q = encoder_q(query_views)
+        if is_distilling:  # the teacher sees the very views that the student sees
+            own_keys = [teacher([view]) for view in query_views[:len(key_views)]]
+            new_keys = [data.gather(keys) for keys in own_keys]
+        else:
+            m = cosine(args.momentum, args.momentum_end, step / args.total_steps)
+            moco.update_key_encoder(m)
+            new_keys = [moco.encode_keys(view, order) for view in key_views]
+            own_keys = [keys[rank * n:(rank + 1) * n] for keys in new_keys]
+    k = torch.cat(own_keys + [own_keys[0]] * args.local_crops)  # each local view has the first key
 
-def smooth_target(q, k, queue, share, n):
-    """Mean key (N, C) when `share` of the target lies evenly on the n queue keys nearest to the query (Lin et al. 2022)."""
-    near, row = q.new_empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long, device=q.device)
-    for start in range(0, len(queue), 4096):  # only a block of the N x K similarities is ever there
-        more, where = (q @ queue[start:start + 4096].to(q.dtype).T).topk(min(n, len(queue) - start))
-        near, pick = torch.cat([near, more], 1).topk(min(n, near.shape[1] + more.shape[1]))
-        row = torch.cat([row, where + start], 1).gather(1, pick)
-    return (1 - share) * k + share * queue[row].to(k.dtype).mean(1)
+    target = None
+    if is_distilling:
+        target = teacher_target(k, moco.queue, args.teacher_temp)
+    elif args.smooth > 0:
+        target = smooth_target(q.detach(), k, moco.queue, args.smooth, args.smooth_k)
+    loss, hit = info_nce(q, k, moco.queue, args.temp, target)
 
+    scaler.scale(loss.mean()).backward()  # scales for float16 alone
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    moco.enqueue(torch.cat(new_keys), step)
+    full_size = n * len(key_views)  # queries that are no local views
+    return mean_over_processes(torch.stack([loss.detach().mean(), hit[:full_size].float().mean()]))
 
-def teacher_target(z, queue, temperature):
-    """Mean key (N, C) under the teacher's softmax over [its embedding z (N, C), queue of such embeddings] (Fang et al. 2021)."""
-    o, s, _ = attend(z, queue.to(z.dtype) if not z.is_cuda else queue, 1 / temperature, z.square().sum(1) / temperature)
-    return torch.lerp(z, o, s.sigmoid()[:, None])
-
-
-# ------------------------------------------------------------------------------------------------- views to train on
-
-STRENGTHS = ("jitter", "hue", "gray", "blur")  # of data.augment
-
-
-def unshuffle(x, perm):
-    """Rows that came in the order `perm`, in their own order again."""
-    return torch.empty_like(x).index_copy_(0, perm, x)
-
-
-def batches(images, args, steps, device, rank, world, mark=lambda phase: None):
-    """For each of `steps`: this process's n query views, its share of the shuffled batch's key views, the shuffle, and
-    the local query views or None. With --symmetric, 2 n query views and key views: the second n have changed roles."""
-    n = args.batch // world
-    mine = slice(rank * n, (rank + 1) * n)
-    settings = {name: getattr(args, name) for name in STRENGTHS}
-
-    def draw(step):
-        return data.schedule(len(images), args.batch, args.seed, step, args.hide, args.local_crops)
-
-    def put(x):  # without waiting for the device
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-    def items():  # the loader's workers cut the very crops that `schedule` says
-        for rows, u, _ in map(draw, steps):
-            yield list(zip(rows[mine].tolist(), u[:, mine, :22].transpose(0, 1)))
-
-    streamed = images.pixels is None
-    cuts = [(2, args.size, args.crop), (args.local_crops, args.local_size, args.local_scale)][:1 + (args.local_crops > 0)]
-    stream = images.stream(items(), device, args.workers, cuts) if streamed else None
-    for step in steps:
-        rows, u, perm = draw(step)
-        shuffled = perm[mine]
-        if streamed:
-            crops = next(stream)  # (n, 2, 3, S, S), and of the local views (n, L, 3, s, s)
-            own, own_local = [c.unbind(1) for c in (*crops, crops[0])][:2]
-        else:  # a process that has all images need not be sent any: it picks its share of the shuffled rows
-            own = own_local = [images.pixels[put(rows[mine])]] * max(2, args.local_crops)
-            other = images.pixels[put(rows[shuffled])]
-        mark("data")
-        crop, local = (None, None) if streamed else (args.crop, args.local_scale)
-        v_q, v_k = [], []
-        for query, key in ((0, 1), (1, 0)) if args.symmetric else ((0, 1),):
-            if streamed:  # save_views asks for a world of one, on the first process of many
-                other = (data.gather(own[key]) if world > 1 else own[key])[put(shuffled)]
-            v_q.append(data.augment(own[query], put(u[query, mine]), args.size, crop, **settings))
-            v_k.append(data.augment(other, put(u[key, shuffled]), args.size, crop, **settings))
-        v_l = [data.augment(own_local[i], put(u[2 + i, mine]), args.local_size, local, **settings)
-               for i in range(args.local_crops)]
-        mark("views")
-        yield torch.cat(v_q), torch.cat(v_k), put(perm), torch.cat(v_l) if v_l else None
-
-
-def ahead(batches):
-    """On CUDA, the next batch's views are made on a stream of their own while the network works on this one's."""
-    side = torch.cuda.Stream()
-
-    def fetch():
-        with torch.cuda.stream(side):
-            return next(batches, None)
-
-    batch = fetch()
-    while batch is not None:
-        torch.cuda.current_stream().wait_stream(side)
-        for x in filter(torch.is_tensor, batch):
-            x.record_stream(torch.cuda.current_stream())
-        now, batch = batch, fetch()
-        yield now
-
-
-def save_views(images, args, path):
-    """A grid: the first eight images of the first batch (top) and their two views as the network sees them."""
-    few = copy.copy(args)
-    few.batch, few.symmetric, few.local_crops = min(8, len(images)), False, 0
-    v_q, v_k, perm, _ = next(batches(images, few, range(1), torch.device("cpu"), 0, 1))
-    rows = data.schedule(len(images), few.batch, args.seed, 0)[0]
-    original = data.center(images.squares(rows, args.size), args.size)
-    grid = torch.stack([original, v_q, unshuffle(v_k, perm)])
-    mean, std = torch.tensor(data.MEAN), torch.tensor(data.STD)
-    grid = (grid.permute(0, 3, 1, 4, 2) * std + mean).mul(255).round().clamp(0, 255).byte()
-    s = max(1, 96 // args.size)  # small views are enlarged
-    grid = grid.repeat_interleave(s, 1).repeat_interleave(s, 3)
-    Image.fromarray(grid.reshape(3 * args.size * s, few.batch * args.size * s, 3).numpy()).save(path)
-
-
-# ------------------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------- 3. the training loop
 
 def main(argv=None):
     args = parse(argv)
-
-    # Where: torchrun says which process this is; a single one needs no process group.
-    device = data.start(args.device)
+    device = data.start(args.device)  # under torchrun also the process group
     rank, world = rank_world()
-    args.workers = AUTO["workers"](0, args) if args.workers is None else args.workers
 
-    # What: images, then the flags that follow from their number, then the folder of the run.
-    if args.init != "random":  # before the images, so that a wrong file is refused at once
-        initial, found = models.read_backbone(args.init, args.arch)
-    train, test, args.size = data.load(args.data, args.root, args.size, args.seed, device, args.stream, args.workers)
-    n = len(train)
-    resolve(args, n)
-    epoch_steps, steps = steps_an_epoch(n, args), total_steps(n, args)
+    # images, and the flags that follow from their number
+    train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device)
+    fill_auto(args, len(train), world)
+    check(args, len(train), world)
+    epoch_steps = len(train) // args.batch
+    steps = args.total_steps
 
-    # The networks. Every process starts from the same seed, so none needs to be sent weights.
+    # networks: from the same seed, every process draws the same weights
     torch.manual_seed(args.seed)
-    backbone = models.build(args.arch, args.stem, args.size)
-    untrained = copy.deepcopy(backbone)
-    if args.init != "random":
-        own = backbone.state_dict()
-        if any(own[k].shape != v.shape for k, v in initial.items()):
-            raise InputError(f"--init {args.init}: has the {found['stem']} stem; give it as --stem")
-        backbone.load_state_dict(initial)
-        say(f"--init {args.init}: {found['arch']}, dropped {len(found['dropped'])} other tensors")
-    teacher, distilled = None, 0
-    if args.teacher:
-        teacher = Encoder(*models.read_teacher(args.teacher, args.teacher_arch, args.stem)).eval().requires_grad_(False)
-        teacher.to(device, memory_format=torch.channels_last)
-        with torch.no_grad():
-            width = teacher(torch.zeros(1, 3, args.size, args.size, device=device)).shape[1]
-        if width != args.dim:
-            raise InputError(f"--teacher {args.teacher}: embeds in {width} dimensions; give --dim {width}")
-        distilled = min(steps, round(args.teacher_epochs * epoch_steps))
-    moco = MoCo(Encoder(backbone, models.make_head(args.head, backbone.dim, args.dim)), args.dim, args.queue, args.momentum)
-    moco.to(device, memory_format=torch.channels_last)
-    if device.type == "cuda":
-        moco.queue = moco.queue.half()  # what flash attention reads; a unit vector loses nothing that the loss notices
-    encoder_q = moco.encoder_q
-    compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
-    if compiled:  # small networks are launch-bound
-        moco.encoder_q.compile(mode="reduce-overhead")
-        moco.encoder_k.compile(mode="reduce-overhead")
-    if world > 1:  # averages gradients; each process keeps its BatchNorm statistics, and the first one's count
-        encoder_q = nn.parallel.DistributedDataParallel(encoder_q, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(moco.encoder_q.parameters(), args.lr, momentum=0.9, weight_decay=args.wd,
-                                fused=device.type in ("cuda", "cpu"))
-    half = args.precision == "bfloat16" or (args.precision == "auto" and device.type == "cuda")
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)  # noqa: E731
+    moco, teacher, untrained = build_networks(args, device)
+    encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
+    dtype = choose_dtype(args.precision, device)
+    optimizer = torch.optim.SGD(moco.encoder_q.parameters(), args.lr, 0.9, weight_decay=args.wd,
+                                fused=device.type != "mps" and dtype != torch.float16)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    def step_once(step, v_q, v_k, perm, v_l, mark=lambda phase: None):
-        """One step of MoCo v2: loss, instance accuracy and mean cosine between the queries, as a tensor (3,)."""
-        n, ways, target = args.batch // world, 1 + args.symmetric, None
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, steps, epoch_steps)
-        moco.momentum = args.momentum_end + (args.momentum - args.momentum_end) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        if compiled:  # a CUDA graph's outputs last until the next step
-            torch.compiler.cudagraph_mark_step_begin()
-        if args.head == "dropout":  # a function of the step, as all that is random, so that a resumed run draws the same
-            torch.manual_seed(data.seeded(args.seed, "dropout", step).initial_seed())
-        if teacher and step == distilled:
-            moco.start_from_query(data.seeded(args.seed, "queue"))
-        with autocast():
-            q = encoder_q(v_q, ways)
-            if v_l is not None:
-                q = torch.cat([q, encoder_q(v_l)])
-        mark("query_forward")
-        with autocast():
-            if step < distilled:  # teacher and student see the same view
-                own = teacher(v_q)
-                k = data.gather(own)
-            else:
-                moco.update_key_encoder()
-                k = torch.cat([moco.keys(v, perm, args.bn_splits // world) for v in v_k.chunk(ways)])
-                own = k.view(ways, args.batch, -1)[:, rank * n:(rank + 1) * n].flatten(0, 1)  # the keys of q
-        own = torch.cat([own, own[:n].repeat(args.local_crops, 1)])
-        mark("keys")
-        if step < distilled:
-            target = teacher_target(own, moco.queue, args.teacher_temp)
-        elif args.smooth:
-            target = smooth_target(q.detach(), own, moco.queue, args.smooth, args.smooth_k)
-        loss, hit = info_nce(q, own, moco.queue, args.temp, target)
-        mark("loss")
-        loss.mean().backward()
-        mark("backward")
-        optimizer.step()
-        optimizer.zero_grad()
-        moco.enqueue(k, step)
-        mark("update")
-        return torch.stack([loss.detach().mean(), hit[:ways * n].float().mean(), q.detach().mean(0).square().sum()])
+    # where the run is: steps done, an entry per epoch, sums of this epoch's losses and accuracies
+    out, first, log, sums = start_or_resume(args, moco, optimizer, scaler, train)
+    print0(f"{args.arch} on {world} x {device.type}: {len(train):,} images at {args.size} pixels, "
+           f"steps {first:,} to {steps:,} of {args.batch} images, in {out}")
+    print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while real "
+           "keys take the place of the random ones that the queue starts with, towards ln(K + 1) = "
+           f"{math.log(args.queue + 1):.2f}; from there it should fall.")
 
-    if args.profile:
-        return profile(args, train, device, moco, encoder_q, step_once, autocast)
-
-    out = choose_folder(args, rank)  # only now that all flags are known to be good
-
-    # How far: a run that was stopped goes on where its last checkpoint was written. last.pt holds everything; what else is
-    # in the folder is derived from it, so it does not matter between which two files a run is killed.
-    first, log, started = 0, [], time.time()
-    history = torch.zeros(epoch_steps, 3, device=device)  # what step_once says of this epoch's steps
-    last = newest_checkpoint(out) if args.resume else None
-    if last:
-        moco.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        first, log, started = last["step"], last["log"], started - last["seconds"]
-        history[:first % epoch_steps] = last["history"].to(device)
-        say(f"resumed {out} at step {first} of {steps}")
-    elif rank == 0:
-        save_views(train, args, out / "views.png")
-
-    def derive():
-        data.save(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-        data.save(out / "backbone.pt", {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()})
-
-    def save(step):
-        if rank == 0:
-            try:
-                data.save(out / "last.pt", dict(model=moco.state_dict(), optimizer=optimizer.state_dict(), step=step, log=log,
-                                                history=history[:step % epoch_steps].cpu(), seconds=time.time() - started,
-                                                args=vars(args)), keep=out / "previous.pt")
-                derive()
-            except OSError as error:
-                if step == steps:
-                    raise InputError(f"{error}: the run is at its end, but not saved; make room, then go on with "
-                                     "--resume") from None
-                say(f"{error}: not saved; the checkpoint before is whole, training goes on, and the next save tries again")
-
-    def check(step, done):
-        """End a run whose numbers went bad, before it overwrites its last good checkpoint."""
-        bad = (~history[:done, 0].isfinite()).nonzero()
-        before = f"{out}/last.pt is from before, if there is one"
-        if len(bad):
-            i = bad[0, 0].item()
-            raise InputError(f"the loss is {history[i, 0].item()} at step {step + 1 - done + i}: the weights have grown without "
-                             f"bound; lower --lr (now {args.lr:g}), raise --temp or add --warmup; {before}")
-        if done >= 20 and history[done - 20:done, 2].min() > 0.9999:
-            raise InputError(f"at step {step} all queries are alike (mean cosine over 0.9999): the network has collapsed; lower "
-                             f"--lr (now {args.lr:g}), or look at views.png: are the images all alike? {before}")
-
-    if rank == 0:
-        data.save(out / "args.json", json.dumps(vars(args), indent=1))
-        if last:
-            derive()
-    say(f"{args.arch}, {sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters, on {world} x {device.type}: "
-        f"{n:,} images at {args.size} pixels, {steps:,} steps of {args.batch}, in {out}\n"
-        f"The loss rises for the first {-(-args.queue // args.batch)} steps, while the random keys that the queue starts with "
-        f"make way for real ones, towards ln(K + 1) = {math.log(args.queue + 1):.2f}; from there it should fall.")
-
-    # The loop.
-    views = batches(train, args, range(first, steps), device, rank, world)
-    progress, epoch_start, epoch_first, saved = data.Progress(), time.time(), first, time.time()
-    stop, release_signals = catch_signals()
     moco.train()
-    for step, batch in enumerate(ahead(views) if device.type == "cuda" else views, first):
+    data.allow_tf32(True)
+    progress = data.Progress(steps, first)
+    epoch_began = saved = time.time()
+    epoch_first = first
+    batches = data.ahead(partial(fetch_batch, train, args), range(first, steps), train.is_far)
+    for step, batch in enumerate(batches, first):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(args, step, epoch_steps)
+        if teacher is not None and step == args.teacher_steps:
+            end_distillation(moco, args.seed)
+        torch.manual_seed(data.seeded(args.seed, "dropout", step).initial_seed())
+        views = make_views(train, batch, args)
+        sums += train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, step, args)
+
+        # the rest reads the loss, which waits for the device: only where there is something to do
         done = step % epoch_steps + 1  # steps of this epoch
-        epoch = step // epoch_steps + 1
-        history[done - 1] = step_once(step, *batch)
-
-        def so_far():  # in this epoch
-            check(step, done)
-            return *history[:done].mean(0).tolist(), (step + 1 - epoch_first) * args.batch / (time.time() - epoch_start)
-
-        def line(loss, accuracy, alike, speed):
-            left = (steps - step - 1) * args.batch / speed
-            return (f"epoch {epoch}/{-(-steps // epoch_steps)}  loss {loss:.3f}  instance accuracy {100 * accuracy:.1f} %  "
-                    f"{speed:.0f} images/s  {int(left // 60)}:{int(left % 60):02} left")
-
-        progress(lambda: line(*so_far()))
-        ended = done == epoch_steps or step + 1 == steps
-        due = agree(2 if stop else time.time() - saved > 60 * args.save_every) if world == 1 or step % 10 == 9 else 0
-        if not (ended or due):
+        epoch_ends = done == epoch_steps or step + 1 == steps
+        save_is_due = rank == 0 and time.time() - saved > 60 * args.save_every
+        if not (epoch_ends or save_is_due or progress.due()):
             continue
-        if world > 1:
-            dist.all_reduce(history)
-            history /= world
-        loss, accuracy, alike, speed = so_far()
-        if ended:
-            for buffer in moco.encoder_q.buffers() if world > 1 else []:
-                dist.broadcast(buffer, 0)
-            entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy, query_similarity=alike,
+        loss, accuracy = (sums / done).tolist()
+        refuse_infinite(loss, step, out, args)
+        speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_began)
+        epoch = step // epoch_steps + 1
+        line = (f"epoch {epoch}/{math.ceil(steps / epoch_steps)}  loss {loss:.3f}  "
+                f"instance accuracy {100 * accuracy:.1f} %  {speed:.0f} images/s")
+        if epoch_ends:
+            entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy,
                          lr=optimizer.param_groups[0]["lr"], images_per_s=speed)
-            shown = line(loss, accuracy, alike, speed)
             if epoch % args.knn_every == 0 or step + 1 == steps:
-                moco.eval()
-                entry |= judge(moco.encoder_q.backbone, train, test, args, device, linear=False)
-                moco.train()
-                shown += "".join(f"  {key} {entry[key]:.2f}" for key in ("knn", "alignment", "uniformity") if key in entry)
-            log.append(entry | dict(seconds=time.time() - started))
-            progress(lambda: shown, end=True)
-        save(step + 1)
-        saved = time.time()
-        if ended:
-            history.zero_()
-            epoch_start, epoch_first = time.time(), step + 1
-        if due == 2 and step + 1 < steps:
-            release_signals()
-            say(f"\nstopped and saved at step {step + 1} of {steps}; go on with: python pretrain.py --out {out} --resume")
-            sys.exit(128 + (stop or [signal.SIGTERM])[0])
+                measures = monitor(moco, train, test, args)
+                line += "".join(f"  {name} {value:.2f}" for name, value in measures.items())
+                entry |= measures
+            log.append(entry)
+            sums.zero_()
+        if rank == 0:
+            progress.show(step + 1, line, end=epoch_ends)
+            if epoch_ends or save_is_due:
+                save(out, moco, optimizer, scaler, step + 1, log, sums, args)
+                saved = time.time()
+        if epoch_ends:
+            epoch_began = time.time()
+            epoch_first = step + 1
 
-    release_signals()
-    moco.eval()
-    report(moco.encoder_q.backbone, untrained.to(device).eval(), train, test, args, device, out)
+    report(out, moco.encoder_q.backbone, untrained, train, test, args)
     if world > 1:
         dist.destroy_process_group()
     return moco
 
+# ------------------------------------ 4. details of the loss: the sum over the queue, soft targets
 
-def catch_signals():
-    """A list that SIGTERM and Ctrl-C are noted in, so that the loop can end between two steps; and what undoes that."""
-    caught = []
-    before = {number: signal.signal(number, lambda number, frame: caught.append(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}
-    return caught, lambda: [signal.signal(number, handler) for number, handler in before.items()]
+def softmax_over_keys(q, k, queue, temperature):
+    """Softmax over [own key, all keys of the queue] for q, k (N, C), queue (K, C) ->
 
+    mean key under it (N, C); log-sum-exp of the logits minus the own one (N,); is the own key
+    nearer than all others (N,). Rows have length one, so no logit exceeds 1 / T: with the own logit
+    (or, for T under 1/40, a bound) taken off, exp needs no running maximum, and all is a sum over
+    the queue.
+    """
+    scale = 1 / temperature
+    own = scale * (q * k).sum(1)
+    base = own.clamp(min=scale - 80)  # exp(80) fits float32
+    total, weighted, top = sums_over_queue(q, queue, scale, base)
+    own_weight = (own - base).exp()  # 1, unless the bound holds
+    total = total + own_weight
+    mean = (weighted + own_weight[:, None] * k) / total[:, None]
+    return mean, total.log() + base - own, top < own - base
 
-def agree(wish):
-    """The largest wish of all processes, so that all save or stop at the same step."""
-    wish = torch.tensor(int(wish))
-    if dist.is_initialized():
-        dist.all_reduce(wish, dist.ReduceOp.MAX)
-    return wish.item()
+def sums_over_queue(q, queue, scale, base):
+    """With w_ij = exp(scale q_i.u_j - base_i) over the keys u_j of the queue (K, C):
 
+    sum_j w_ij (N,); sum_j w_ij u_j (N, C); the largest logit minus base (N,).
+    """
+    if triton is not None and q.is_cuda:
+        return fused_sums(q, queue, scale, base)
+    total = torch.zeros_like(base)
+    weighted = torch.zeros_like(q)
+    top = torch.full_like(base, -math.inf)
+    for keys in queue.split(max(128, 2 ** 18 // len(q))):  # blocks of logits that stay in the cache
+        logits = torch.addmm(-base[:, None], q, keys.T, alpha=scale)
+        top = torch.maximum(top, logits.amax(1))
+        weights = logits.exp_()
+        total += weights.sum(1)
+        weighted.addmm_(weights, keys)
+    return total, weighted, top
 
-def newest_checkpoint(out):
-    """The content of last.pt, or, if that is damaged, of the one before; None if a run was not there yet."""
-    paths, damaged = [out / name for name in ("last.pt", "previous.pt") if (out / name).is_file()], []
-    for path in paths:
-        try:
-            content = models.load_file(path)
-            if zipfile.ZipFile(path).testzip():  # torch.load does not compare checksums
-                raise InputError(f"{path}: its checksums do not fit")
-            break
-        except (InputError, zipfile.BadZipFile) as error:
-            say(f"warning: {error}" + (f"; going back to {paths[1]}" if path != paths[-1] else ""))
-            damaged.append(path)
-    if paths == damaged:
-        if paths:
-            raise InputError(f"--resume: no checkpoint in {out} can be read; start again with another --out")
-        return None
-    if dist.is_initialized():
-        dist.barrier()
-    for path in damaged if rank_world()[0] == 0 else []:  # or the next save would keep it in the good one's place
-        os.replace(path, f"{path}.damaged")
-    return content
+triton = None
+if "TRITON_INTERPRET" in os.environ or (
+        torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
+    try:
+        import triton
+        import triton.language as tl
+        if "TRITON_INTERPRET" not in os.environ:
+            triton.runtime.driver.active.get_current_target()  # is all there that it needs?
+    except Exception as error:
+        print0(f"No Triton ({str(error).splitlines()[0]}): InfoNCE in blocks, which is slower")
+        triton = None
 
+if triton is not None:
+    @triton.jit
+    def queue_kernel(q_ptr, queue_ptr, base_ptr, total_ptr, weighted_ptr, top_ptr, N, K, C, scale,
+                     WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+                     PART: tl.constexpr):
+        # one program: ROWS queries, and a PART of the queue in blocks of KEYS
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        part = tl.program_id(1)
+        columns = tl.arange(0, WIDTH)  # C of them exist
+        at = rows[:, None] * C + columns
+        exists = (rows[:, None] < N) & (columns < C)
+        q = tl.load(q_ptr + at, mask=exists, other=0.0)
+        base = tl.load(base_ptr + rows, mask=rows < N, other=0.0)
+        total = tl.zeros([ROWS], tl.float32)
+        weighted = tl.zeros([ROWS, WIDTH], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        for start in range(part * PART, part * PART + PART, KEYS):
+            number = start + tl.arange(0, KEYS)
+            keys = tl.load(queue_ptr + number[:, None] * C + columns,
+                           mask=(number[:, None] < K) & (columns < C), other=0.0)
+            logits = tl.dot(q, tl.trans(keys)) * scale - base[:, None]
+            logits = tl.where(number[None, :] < K, logits, float("-inf"))
+            weights = tl.exp(logits)
+            total += tl.sum(weights, 1)
+            weighted += tl.dot(weights.to(keys.dtype), keys)
+            top = tl.maximum(top, tl.max(logits, 1))
+        # each part has a place of its own: no order of additions is left to chance
+        tl.store(total_ptr + part * N + rows, total, mask=rows < N)
+        tl.store(top_ptr + part * N + rows, top, mask=rows < N)
+        tl.store(weighted_ptr + part * N * C + at, weighted, mask=exists)
 
-def choose_folder(args, rank):
-    """The run's folder, made: --out, or the next free runs/DATA-ARCH-N."""
-    if args.out is None:
-        chosen = [None]
-        if rank == 0:
-            Path("runs").mkdir(exist_ok=True)
-            for i in range(1, 10**6):  # making it claims it, also from a run that starts at the same moment
-                path = Path("runs") / f"{Path(args.data).resolve().name}-{args.arch}-{i}"
-                try:
-                    path.mkdir()
-                    break
-                except FileExistsError:
-                    continue
-            chosen = [str(path)]
-        if dist.is_initialized():
-            dist.broadcast_object_list(chosen, 0)
-        args.out = chosen[0]
-    out = Path(args.out)
-    if not args.resume and any((out / name).exists() for name in ("last.pt", "previous.pt", "log.jsonl")):
-        raise InputError(f"--out {out}: holds a run already; go on with it (--resume) or name another folder")
-    if dist.is_initialized():
-        dist.barrier()
-    out.mkdir(parents=True, exist_ok=True)
-    return out
+def fused_sums(q, queue, scale, base, part=1024):
+    """sums_over_queue as one Triton kernel: float16 operands, float32 sums."""
+    n, c = q.shape
+    parts = triton.cdiv(len(queue), part)
+    total = base.new_empty(parts, n)
+    top = base.new_empty(parts, n)
+    weighted = base.new_empty(parts, n, c)
+    width = max(16, triton.next_power_of_2(c))
+    rows = max(16, min(64, 8192 // width))
+    queue_kernel[(triton.cdiv(n, rows), parts)](
+        q.half().contiguous(), queue.half(), base, total, weighted, top, n, len(queue), c, scale,
+        WIDTH=width, ROWS=rows, KEYS=rows, PART=part)
+    return total.sum(0), weighted.sum(0), top.amax(0)
 
+def smooth_target(q, k, queue, share, n):
+    """1 - share on the own key, the rest evenly on the n nearest keys of the queue (Lin et al.
+    2022)."""
+    nearest = (q @ queue.T).topk(n, dim=1).indices
+    return (1 - share) * k + share * queue[nearest].mean(1)
 
-def learning_rate(args, step, steps, epoch_steps):
-    warm = min(1, (step + 1) / (args.warmup * epoch_steps)) if args.warmup else 1
-    return args.lr * warm * (0.5 * (1 + math.cos(math.pi * step / steps)) if args.schedule == "cosine" else 1)
+def teacher_target(z, queue, temperature):
+    """The teacher's mean key under its softmax over [its embedding z (N, C), a queue of such ones]
+    (SEED, Fang et al. 2021)."""
+    return softmax_over_keys(z, z, queue, temperature)[0]
 
+@torch.no_grad()
+def end_distillation(moco, seed):
+    """The key encoder becomes the query encoder; the queue, full of the teacher's keys, random."""
+    moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
+    noise = torch.randn(moco.queue.shape, generator=data.seeded(seed, "queue"))
+    moco.queue.copy_(F.normalize(noise, dim=1))
 
-def judge(network, train, test, args, device, linear=True):
-    """kNN and, if wanted, linear accuracy on held-out images, or where there are no labels alignment and uniformity."""
-    if test is None:
-        return views_apart(network, train, args, device)
-    features = probe_features(network, train, test, args, device)
-    return dict(knn=knn(*features)) | (dict(linear=ridge(*features)) if linear else {})
+# ------- 5. views: a function of the step, so that a resumed run sees what an undisturbed one sees
 
-
-def views_apart(network, images, args, device):
-    """Alignment and uniformity of two views, drawn as in training, of up to 2,000 images."""
-    rows = torch.randperm(len(images), generator=data.seeded("apart"))[:2000]
-    settings = {name: getattr(args, name) for name in ("crop", *STRENGTHS)}
-    uniforms = torch.rand(2, len(rows), data.COLUMNS, generator=data.seeded("views"))
-    a, b = (extract(network, images, args.size, device, rows, args.workers, u=u, **settings)[0] for u in uniforms)
-    return dict(alignment=alignment(a, b).item(), uniformity=uniformity(a).item())
-
-
-def probe_features(network, train, test, args, device):
-    """train_x, train_y, test_x, test_y of the labelled images: at most 50,000 to train on, 10,000 on a CPU."""
-    limit = 10_000 if device.type == "cpu" else 50_000
-    rows = (train.labels >= 0).nonzero()[:, 0]
-    rows = rows[torch.randperm(len(rows), generator=data.seeded("probe"))[:limit]]
-    return (*extract(network, train, args.size, device, rows, args.workers),
-            *extract(network, test, args.size, device, workers=args.workers))
-
-
-def report(network, untrained, train, test, args, device, out):
-    """The end: what the features are worth beside those of random weights and beside raw pixels, and what to do next."""
-    networks, heads = {"learned": network, "random weights": untrained}, ("alignment", "uniformity")
-    note, digits = "lower is better, of both together", 3
-    if test is not None:
-        networks["raw pixels"], heads, digits = pixels_of(args.size), ("kNN %", "linear %"), 1
-        note = f"{len(test):,} held-out images, {len(test.classes)} classes"
-    say(f"\n{'features':<16}{heads[0]:>11}{heads[1]:>12}   ({note})")
-    for name, net in networks.items():
-        say(f"{name:<16}" + "{:>11.{d}f}{:>12.{d}f}".format(*judge(net, train, test, args, device).values(), d=digits))
-    say(f"\nThe network is {out}/backbone.pt (torchvision's names). Look at {out}/views.png and {out}/log.jsonl, then try\n"
-        + f"  python linear_eval.py {out}\n" * (test is not None)
-        + f"  torchrun pretrain.py --data FOLDER --arch {args.arch} --temp {args.temp:g}")
-
-
-def profile(args, train, device, moco, encoder_q, step_once, autocast):
-    """Print where the time of --profile N steps goes, and how much of a step the bare network work would take."""
+def fetch_batch(images, args, step):
+    """What a step needs, still on the CPU: images and uniform numbers of this process's queries,
+    then of its share of the shuffled keys; the shuffled order of the batch."""
+    rows, u, order = data.schedule(len(images), args.batch, args.seed, step, args.hide,
+                                   args.local_crops)
     rank, world = rank_world()
-    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-    phases, last = {}, [0.0]
+    mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
+    queries = images.fetch(rows[mine]), u[:, mine]
+    keys = images.fetch(rows[order[mine]]), u[:, order[mine]]
+    return queries, keys, order
 
-    def mark(phase):  # waiting at each border spoils the overlap: phases are timed in steps of their own
-        wait()
-        now = time.perf_counter()
-        phases[phase] = phases.get(phase, 0) + now - last[0]
-        last[0] = now
+def make_views(images, batch, args):
+    """-> query views, key views (lists of batches), and the order of the latter, on the device."""
+    queries, keys, order = batch
+    queries = put(images, *queries)
+    keys = put(images, *keys)
+    query_views = [augment(queries, 0, args)]
+    key_views = [augment(keys, 1, args)]
+    if args.symmetric:  # the two views change roles
+        query_views.append(augment(queries, 1, args))
+        key_views.append(augment(keys, 0, args))
+    if args.local_crops > 0:
+        small = [augment(queries, 2 + i, args, is_local=True) for i in range(args.local_crops)]
+        query_views.append(torch.cat(small))
+    return query_views, key_views, data.to_device(order, images.device)
 
-    def timed(count, marked):
-        nothing = lambda phase: None  # noqa: E731
-        views = batches(train, args, range(count + 3), device, rank, world, mark if marked else nothing)
-        start = 0
-        for step, batch in enumerate(ahead(views) if device.type == "cuda" and not marked else views):
-            if step == 3:  # warm-up
-                wait()
-                phases.clear()
-                start = last[0] = time.perf_counter()
-            step_once(step, *batch, mark if marked else nothing)
-        wait()
-        return time.perf_counter() - start
+def put(images, fetched, u):
+    """Pixels, shapes and uniform numbers on the device."""
+    return *images.put(*fetched), data.to_device(u, images.device)
 
-    def bare(count):
-        v_q, v_k, _, v_l = next(batches(train, args, range(1), device, rank, world))
-        for step in range(count + 3):
-            if step == 3:
-                wait()
-                start = time.perf_counter()
-            with autocast():
-                q = encoder_q(v_q, 1 + args.symmetric).sum() + (encoder_q(v_l).sum() if v_l is not None else 0)
-                with torch.no_grad():
-                    moco.encoder_k(v_k, args.bn_splits // world)
-            q.backward()
-            moco.encoder_q.zero_grad()
-        wait()
-        return time.perf_counter() - start
+def augment(images, view, args, is_local=False):
+    """View number `view` of images = (pixels, shapes, uniform numbers)."""
+    pixels, shapes, u = images
+    size = args.local_size if is_local else args.size
+    crop = args.local_scale if is_local else args.crop
+    return data.augment(pixels, u[view], size, crop, args.jitter, args.hue, args.gray, args.blur,
+                        shapes)
 
+def save_views(images, args, path):
+    """A grid: eight images (top) and two views of each, as the network sees them."""
+    n = min(8, len(images))
+    rows, u, _ = data.schedule(len(images), n, args.seed, 0)
+    batch = put(images, images.fetch(rows), u)
+    original = data.center(batch[0], args.size, batch[1])
+    grid = torch.stack([original, augment(batch, 0, args), augment(batch, 1, args)]).cpu()
+    grid = grid.permute(0, 3, 1, 4, 2)  # (3, size, n, size, colors)
+    grid = grid * torch.tensor(data.STD) + torch.tensor(data.MEAN)
+    grid = grid.mul(255).round().clamp(0, 255).byte().reshape(3 * args.size, n * args.size, 3)
+    enlarge = max(1, 96 // args.size)
+    picture = Image.fromarray(grid.numpy())
+    picture.resize((picture.width * enlarge, picture.height * enlarge), Image.NEAREST).save(path)
+
+# ------------------------------------------------------------------------------------- 6. networks
+
+def build_networks(args, device):
+    """MoCo, the teacher or None, and the backbone as it was drawn, all on the device."""
+    backbone = models.build(args.arch, args.stem, args.size)
+    untrained = copy.deepcopy(backbone).eval().to(device, memory_format=torch.channels_last)
+    if args.init is not None:
+        weights, info = models.read_backbone(args.init, args.arch)
+        try:
+            backbone.load_state_dict(weights)
+        except RuntimeError:
+            raise InputError(f"--init {args.init}: has the {info['stem']} stem; give it as --stem")
+        print0(f"--init {args.init}: {info['arch']}, dropped {len(info['dropped'])} other tensors")
+    head = models.make_head(args.head, backbone.dim, args.dim)
+    encoder = Encoder(backbone, head)
+    moco = MoCo(encoder, args.dim, args.queue, args.bn_splits // rank_world()[1])
+    moco.to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        models.speed_up_small_maps(moco)
+    if args.teacher is None:
+        return moco, None, untrained
+    teacher = Encoder(*models.read_teacher(args.teacher, args.teacher_arch))
+    teacher.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    width = teacher([torch.zeros(1, 3, args.size, args.size, device=device)]).shape[1]
+    if width != args.dim:
+        raise InputError(f"--teacher {args.teacher}: embeds in {width} dimensions; "
+                         f"give --dim {width}")
+    return moco, teacher, untrained
+
+def choose_dtype(precision, device):
+    """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16), else float32."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float32
+
+# --------------------------------------------------------------------------- 7. monitor and report
+
+def monitor(moco, train, test, args):
+    """What `judge` says of the backbone while it trains."""
+    if dist.is_initialized():  # each process has BatchNorm statistics of its own: take the first's
+        for buffer in moco.encoder_q.buffers():
+            dist.broadcast(buffer, 0)
+    moco.eval()
+    data.allow_tf32(False)
+    measures = judge(moco.encoder_q.backbone, train, test, args)
+    data.allow_tf32(True)
     moco.train()
-    runs = [(timed(args.profile, False), bare(args.profile)) for _ in range(3)]
-    step, network = map(min, zip(*runs))  # the speed of a shared machine drifts
-    timed(args.profile, True)
-    if device.type == "cuda":
-        name, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
-    else:
-        name = f"{device.type} {platform.machine()}, {torch.get_num_threads()} threads"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    say(json.dumps(dict(device=name, arch=args.arch, size=args.size, batch=args.batch, queue=args.queue,
-                        images_per_s=round(args.profile * args.batch / step, 1), peak_memory_mb=round(peak / 2**20),
-                        **{phase: round(1000 * seconds / args.profile, 2) for phase, seconds in phases.items()},
-                        efficiency=round(network / step, 3))))
+    return measures
 
+def judge(network, train, test, args, probe=False):
+    """kNN and, with `probe`, linear accuracy in % of a network's features on held-out images.
+
+    It trains on at most 50,000 images, 10,000 on a CPU. Without labels: alignment and uniformity of
+    two views, drawn as in training, of up to 2,000 images; lower is better, of both together.
+    """
+    if test is None:
+        rows = torch.randperm(len(train), generator=data.seeded("apart"))[:2000]
+        views = torch.rand(2, len(rows), data.COLUMNS, generator=data.seeded("views"))
+        a, b = [linear_eval.extract(network, train, args.size, rows, u, crop=args.crop,
+                                    jitter=args.jitter, hue=args.hue, gray=args.gray,
+                                    blur=args.blur)[0] for u in views]
+        return dict(alignment=linear_eval.alignment(a, b).item(),
+                    uniformity=linear_eval.uniformity(a))
+    rows = (train.labels >= 0).nonzero()[:, 0]
+    rows = rows[torch.randperm(len(rows), generator=data.seeded("probe"))]
+    rows = rows[:10_000 if train.device.type == "cpu" else 50_000]
+    train_x, train_y = linear_eval.extract(network, train, args.size, rows)
+    test_x, test_y = linear_eval.extract(network, test, args.size)
+    measures = dict(knn=linear_eval.knn(train_x, train_y, test_x, test_y))
+    if probe:
+        weight, bias = linear_eval.linear_probe(train_x, train_y, len(train.classes))
+        measures["linear"] = linear_eval.accuracy(weight, bias, test_x, test_y)
+    return measures
+
+def report(out, learned, untrained, train, test, args):
+    """What the features are worth, beside those of random weights and beside raw pixels."""
+    data.allow_tf32(False)
+    networks = {"learned": learned.eval(), "random weights": untrained}
+    print0("\nfeatures          alignment  uniformity" if test is None else
+           f"\nfeatures              kNN %    linear %   ({len(test):,} held-out images, "
+           f"{len(train.classes)} classes)")
+    if test is not None:
+        networks["raw pixels"] = linear_eval.Pixels()
+    for name, network in networks.items():
+        first, second = judge(network, train, test, args, probe=True).values()
+        print0(f"{name:<16}{first:>11.2f}{second:>12.2f}")
+    print0(f"\nThe network is {out}/backbone.pt (torchvision's names). Look at {out}/views.png, try"
+           f"\n  python linear_eval.py {out}\n  python analyze.py {out} random")
+
+# ---------------------------------------------------------------------------------------- 8. files
+
+def start_or_resume(args, moco, optimizer, scaler, train):
+    """Make the run's folder, or with --resume load its last checkpoint if there is one.
+
+    -> the folder, steps done, log, sums of the epoch so far.
+    """
+    out = Path(args.out or next_free_folder(args))
+    if args.resume and (out / "last.pt").exists():
+        last = data.load_file(out / "last.pt")
+        moco.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        return out, last["step"], last["log"], last["sums"].to(train.device)
+    if (out / "last.pt").exists() or (out / "log.jsonl").exists():
+        raise InputError(f"--out {out}: holds a run already; go on with it (--resume), or name "
+                         "another folder")
+    if rank_world()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        data.save(out / "args.json", json.dumps(vars(args), indent=1))
+        save_views(train, args, out / "views.png")
+    return out, 0, [], torch.zeros(2, device=train.device)
+
+def next_free_folder(args):
+    """runs/DATA-ARCH-1, or the first number that is not taken."""
+    i = 1
+    while (path := Path("runs") / f"{Path(args.data).resolve().name}-{args.arch}-{i}").exists():
+        i += 1
+    return path
+
+def save(out, moco, optimizer, scaler, step, log, sums, args):
+    """backbone.pt: the network; log.jsonl: an object an epoch; last.pt: all that --resume needs.
+
+    last.pt comes last: killed before it is renamed, a run goes on from the one before.
+    """
+    backbone = {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()}
+    try:
+        data.save(out / "backbone.pt", backbone)
+        data.save(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+        data.save(out / "last.pt", dict(
+            model=moco.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+            step=step, log=log, sums=sums))
+    except OSError as error:
+        if step == args.total_steps:
+            raise InputError(f"{error}: the run is at its end, but not saved; make room, then go "
+                             "on with --resume") from None
+        print(f"{error}: not saved; training goes on, and the next save tries again", flush=True)
+
+def refuse_infinite(loss, step, out, args):
+    """End a run whose loss is no number, before it overwrites its last good checkpoint."""
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss is {loss} at step {step + 1}, or soon before: the weights have grown "
+            f"without bound; lower --lr (now {args.lr:g}), raise --temp or add --warmup; "
+            f"{out}/last.pt is from before, if there is one")
+
+def mean_over_processes(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+# -------------------------------------------------------------------------- 9. schedules and flags
+
+def cosine(start, end, t):
+    """From `start` at t = 0 to `end` at t = 1, along half a cosine."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
+
+def learning_rate(args, step, epoch_steps):
+    warmup = 1.0
+    if args.warmup > 0:
+        warmup = min(1, (step + 1) / (args.warmup * epoch_steps))
+    if args.schedule == "constant":
+        return warmup * args.lr
+    return warmup * cosine(args.lr, 0, step / args.total_steps)
+
+RECIPES = {
+    "moco-v2": {},
+    "small": dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi et al. 2022
+    "light": dict(symmetric=True, smooth=0.1, head="2048", momentum_end=1.0),  # Lin et al. 2022
+    "local": dict(local_crops=6, local_scale=[0.05, 0.3], crop=[0.3, 1.0]),  # Tan et al. 2023
+}
+
+def parse(argv):
+    """Flags. In brackets: the default, or the rule in fill_auto that picks it."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="fractals", help="fractals, cifar10, cifar100, stl10, or a folder")
+    add("--root", default="data", help="folder of downloaded and decoded data sets [data]")
+    add("--size", type=int, help="side of a view [the images' shorter side, at most 224]")
+    add("--keep", type=int, help="side at which a folder's images are stored [to 1.5 --size]")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", default="mobilenetv3", help=", ".join(models.ARCHS))
+    add("--stem", help="imagenet, or small (stride 1) [small to 64 pixels, not for fractals]")
+    add("--head", default="simple", help="linear, simple, wide, deep, dropout, or a hidden width "
+        "[simple; Shi 2022: wide]")
+    add("--dim", type=int, default=128, help="width C of the embedding [128]")
+    add("--init", help="start from the backbone of this checkpoint [random weights]")
+
+    add = parser.add_argument_group("contrast").add_argument
+    add("--temp", type=float, default=0.2, help="temperature T [0.2; Shi 2022: 0.1]")
+    add("--momentum", type=float, help="m of the key encoder [MoCo: 0.999; 0.99 under 100,000 "
+        "steps, 0.8 under 5,000]")
+    add("--queue", type=int, help="keys K in the queue [MoCo: 65536; a tenth of the images, and no "
+        "key staler than MoCo's]")
+    add("--bn-splits", type=int, help="parts of the shuffled keys for BatchNorm [MoCo: 8; at "
+        "least 2, of 64 images or more]")
+
+    add = parser.add_argument_group("beyond MoCo v2").add_argument
+    add("--symmetric", action="store_true", help="both views are query and key (Lin 2022)")
+    add("--smooth", type=float, default=0, help="share of the target on near keys (Lin 2022) [0]")
+    add("--smooth-k", type=int, default=5, help="on how many [5]")
+    add("--momentum-end", type=float, help="m goes there along a cosine (Lin 2022: 1) [constant]")
+    add("--local-crops", type=int, default=0, help="small query views more (Tan 2023: 6) [0]")
+    add("--local-size", type=int, help="their side in pixels [4/7 of --size, as 128 of 224]")
+    add("--local-scale", type=float, default=[0.05, 0.3], nargs=2, metavar=("LO", "HI"),
+        help="range of their area [0.05 0.3]")
+    add("--teacher", help="distill this checkpoint first (SEED, Fang 2021)")
+    add("--teacher-arch", help="its network, where args.json does not tell")
+    add("--teacher-epochs", type=float, help="for how long [a tenth of the run]")
+    add("--teacher-temp", type=float, default=0.01, help="temperature of its softmax [0.01]")
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--crop", type=float, default=[0.2, 1.0], nargs=2, metavar=("LO", "HI"),
+        help="range of the crop's area [0.2 1]")
+    add("--jitter", type=float, default=0.4, help="of brightness and the like [0.4; Shi 2022: 0.8]")
+    add("--hue", type=float, default=0.1, help="hue jitter in turns [0.1; Shi 2022: 0.4]")
+    add("--gray", type=float, default=0.2, help="probability of grayscale [0.2; Shi 2022: 0.5]")
+    add("--blur", type=float, default=0.5, help="probability of Gaussian blur [0.5]")
+    add("--hide", action="store_true", help="hide-and-seek (Singh & Lee 2017, Shi 2022)")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=int, help="passes over the images [MoCo: 200; for fractals 14]")
+    add("--steps", type=int, default=0, help="length of the run in steps, instead of --epochs")
+    add("--batch", type=int, help="images a step, over all processes [MoCo: 256; 1/80 of all]")
+    add("--lr", type=float, help="of SGD [MoCo: 0.03 per 256 images a step; 0.04 to 5,000 steps]")
+    add("--wd", type=float, default=1e-4, help="weight decay [1e-4]")
+    add("--warmup", type=float, default=0, help="epochs of linear warm-up [0]")
+    add("--schedule", default="cosine", choices=["cosine", "constant"], help="of --lr [cosine]")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--recipe", default="moco-v2", choices=list(RECIPES), help="a set of the flags above, each "
+        "of which still overrides it [moco-v2]")
+    add("--out", help="folder of the run [runs/DATA-ARCH-N]")
+    add("--resume", action="store_true", help="go on with the run in --out, with its flags")
+    add("--save-every", type=float, default=10, help="minutes between checkpoints in an epoch [10]")
+    add("--knn-every", type=int, help="epochs between looks at held-out images [1/5 of the run]")
+    add("--seed", type=int, default=0, help="of weights, order and views [0]")
+    add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
+    add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the networks [bfloat16 on GPUs that have it, else float32; on a T4: float16]")
+
+    # a recipe, and the flags of a run that goes on, are defaults: what is typed overrides them
+    args = parser.parse_args(argv)
+    parser.set_defaults(**RECIPES[args.recipe])
+    if args.resume:
+        if args.out is None:
+            raise InputError("--resume: name the run's folder with --out")
+        if (Path(args.out) / "args.json").is_file():
+            parser.set_defaults(**data.read_json(Path(args.out) / "args.json"))
+    return parser.parse_args(argv)
+
+def fill_auto(args, n, world):
+    """Flags left open, from the number n of images. Each rule may use the flags above it."""
+    open_flags = [name for name, value in vars(args).items() if value is None]
+    if args.stem is None:
+        args.stem = "small" if args.size <= 64 and args.data != "fractals" else "imagenet"
+    if args.batch is None:
+        args.batch = min(max(32, power_of_two(min(256, n // 80))), power_of_two(n // 4))
+        args.batch = max(2, args.batch // world * world)
+    if args.epochs is None:
+        args.epochs = 14 if args.data == "fractals" else 200
+    epoch_steps = max(1, n // max(1, args.batch))
+    args.total_steps = args.steps or args.epochs * epoch_steps
+    if args.momentum is None:  # a key encoder that lags far behind in a short run teaches the past
+        args.momentum = 0.999
+        if args.total_steps < 100_000:
+            args.momentum = 0.99
+        if args.total_steps < 5_000:
+            args.momentum = 0.8
+    if args.queue is None:  # no key staler than MoCo's, of 256 steps at m = 0.999: else queries
+        # learn to tell old keys from new ones
+        fresh = 1.0001 * 0.256 * args.batch / max(1e-6, 1 - args.momentum)
+        keys = 2 * args.batch if args.symmetric else args.batch
+        args.queue = min(n, max(2 * keys, power_of_two(min(65536, n // 10, fresh))))
+    if args.bn_splits is None:  # MoCo's 8, but parts of at least 64 images, and at least 2 parts
+        args.bn_splits = world
+        for splits in range(world, max(2, world, min(8, args.batch // 64)) + 1, world):
+            if args.batch % splits == 0:
+                args.bn_splits = splits
+    if args.lr is None:
+        args.lr = (0.04 if args.total_steps < 5_000 else 0.03) * args.batch / 256
+    if args.knn_every is None:
+        args.knn_every = max(1, args.total_steps // epoch_steps // 5)
+    picked = [name for name in open_flags if getattr(args, name) is not None]
+    if picked:
+        print0(f"picked for {n:,} images: " + " ".join(
+            f"--{name.replace('_', '-')} {getattr(args, name)}" for name in picked))
+    if args.momentum_end is None:
+        args.momentum_end = args.momentum
+    if args.local_size is None:
+        args.local_size = max(8, round(args.size / 7) * 4)
+    if args.teacher_epochs is None:
+        args.teacher_epochs = args.total_steps / epoch_steps / 10
+    args.teacher_steps = min(args.total_steps, round(args.teacher_epochs * epoch_steps))
+
+def power_of_two(n):
+    """The largest one up to n."""
+    return 2 ** int(math.log2(max(1, n)))
+
+def check(args, n, world):
+    """Refuse what cannot work, in one line that says how to fix it."""
+    keys = 2 * args.batch if args.symmetric else args.batch
+    splits = args.bn_splits
+    if args.batch > n:
+        raise InputError(f"--batch {args.batch}: there are only {n} images; lower it")
+    if args.batch < 2 or args.batch % world != 0:
+        raise InputError(f"--batch {args.batch}: must be 2 or more, a multiple of the {world} "
+                         "processes")
+    if not keys < args.queue <= n:  # beyond, an image would meet itself as a negative
+        raise InputError(f"--queue {args.queue}: must be more than the {keys} keys of a step, and "
+                         f"at most the {n} images")
+    if splits < 1 or args.batch % splits != 0 or splits % world != 0 or args.batch < 2 * splits:
+        raise InputError(f"--bn-splits {splits}: must divide --batch {args.batch} into parts of 2 "
+                         f"or more, the same number on each of {world} processes")
+    if args.temp < 0.0125:
+        raise InputError(f"--temp {args.temp}: must be 0.0125 or more; 0.05 to 0.5 is usual")
+    for flag, low, high in (("momentum", 0, 1), ("momentum_end", 0, 1), ("smooth", 0, 0.999),
+                            ("smooth_k", 1, args.queue), ("local_crops", 0, 99),
+                            ("local_size", 8, 4096), ("teacher_temp", 1e-4, 99), ("jitter", 0, 99),
+                            ("hue", 0, 99), ("gray", 0, 1), ("blur", 0, 1), ("dim", 1, 65536),
+                            ("epochs", 1, 1e9), ("steps", 0, 1e12), ("lr", 1e-12, 1e3),
+                            ("knn_every", 1, 1e9), ("size", 8, 4096)):
+        value = getattr(args, flag)
+        if not low <= value <= high:
+            raise InputError(f"--{flag.replace('_', '-')} {value}: must be within {low}..{high}")
+    for flag in ("crop", "local_scale"):
+        low, high = getattr(args, flag)
+        if not 0 < low <= high <= 1:
+            raise InputError(f"--{flag.replace('_', '-')} {low} {high}: must be 0 < LO <= HI <= 1")
 
 if __name__ == "__main__":
     try:
         main()
     except InputError as error:
         sys.exit(f"pretrain.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\npretrain.py: stopped; go on with --out FOLDER --resume")

@@ -73,8 +73,7 @@ def effective_rank(x):
     return torch.special.entr(p).sum().exp()
 
 def best_nn(train_x, train_y, test_x, test_y, most=101):
-    """{space: accuracy in %} of the best odd k up to `most` in an unweighted vote (Shi et al.
-    2022).
+    """{space: accuracy in %} of the best odd k up to `most` in an unweighted vote (Shi 2022).
 
     Spaces: features as they are (raw), normalized, or minus their mean and then normalized
     (shifted). Equal votes go to the class with the lower number.
@@ -172,8 +171,7 @@ def pca(x):
     return (p * p.gather(0, p.abs().argmax(0, keepdim=True)).sign()).float()  # signs are arbitrary
 
 def tsne(x, perplexity=30, steps=1000):
-    """t-SNE (van der Maaten & Hinton 2008) of x (N, D), up to about 2,000 rows: coordinates (N,
-    2)."""
+    """Coordinates (N, 2) of x (N, D), N to about 2,000, by t-SNE (van der Maaten & Hinton)."""
     n = len(x)
     perplexity = min(perplexity, (n - 1) / 3)
     d = torch.cdist(x.float(), x.float()).square()
@@ -261,8 +259,7 @@ class Sheet:
         self.picture.resize(size, Image.LANCZOS).quantize(256).save(path)
 
 def draw_space(samples, classes, path):
-    """t-SNE and PCA of the originals by class; below, one class with each original and its
-    views."""
+    """t-SNE and PCA of the originals by class; below, the originals of a class and their views."""
     sheet = Sheet(len(samples), 3, 140)
     shown = classes[:SHOWN]
     for column, (name, s) in enumerate(samples.items()):
@@ -332,8 +329,7 @@ def draw_neighbours(samples, train, held, path, cell=64):
     sheet.save(path)
 
 def draw_curves(logs, path):
-    """Loss, instance accuracy and kNN (without labels: uniformity) by epoch, from runs'
-    log.jsonl."""
+    """Loss, instance accuracy and kNN (without labels: uniformity) by epoch, of runs' logs."""
     keys = [key for key in ("loss", "instance_accuracy", "knn", "uniformity")
             if any(key in entry for log in logs.values() for entry in log)]
     sheet = Sheet(len(keys), 1)

@@ -92,8 +92,7 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
     return x
 
 def center(images, size, shapes=None):
-    """Evaluation's view, the center square of (n, 3, S, S) uint8: (n, 3, size, size),
-    normalized."""
+    """Evaluation's view of images (n, 3, S, S) uint8: the center square, (n, 3, size, size)."""
     n, _, side, _ = images.shape
     if shapes is None:
         shapes = torch.full((n, 2), float(side), device=images.device)
@@ -172,8 +171,7 @@ def resampling(start, length, source, size, flip=None, sigma=None):
     return matrix
 
 def color_matrix(brightness, contrast, saturation, hue):
-    """Color jitter as matrices on a pixel and on the view's mean pixel, (n, 3, 3) each, to be
-    added.
+    """Color jitter as a matrix on a pixel plus one on the view's mean pixel, (n, 3, 3) each.
 
     Arguments are (n,): factors, and turns for hue. In YIQ, brightness scales everything, contrast
     moves luma towards its mean and scales chroma, saturation scales chroma (0: grayscale), hue
@@ -462,8 +460,7 @@ def decode_files(paths, side, pixel_file, index_file):
 UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL's transpose
 
 def decode(path, side):
-    """The whole image in a file: pixels (3, side, side) uint8, height, width; None if
-    unreadable."""
+    """The image in a file: pixels (3, side, side) uint8, height, width; None if unreadable."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -546,8 +543,7 @@ def fractal_systems(classes, points):
     return [np.concatenate(values)[:classes] for values in zip(*batches)]
 
 def chaos_game(A, b, p, rng, count):
-    """`count` points (n, count, 2) on n attractors: 16 jumpers each, after 10 jumps to get
-    there."""
+    """`count` points (n, count, 2) on n attractors: 16 jumpers each, 10 jumps to get there."""
     n = len(A)
     x = np.zeros((n, 16, 2), np.float32)
     system = np.arange(n)[:, None]
@@ -577,8 +573,7 @@ class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and how to fix it."""
 
 def start(name):
-    """The device called `name` (auto: the first there is); under torchrun the process group,
-    too."""
+    """The device called `name` (auto: the first there is); under torchrun also the group."""
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name

@@ -81,13 +81,11 @@ class Pixels(nn.Module):
         return F.interpolate(x, (side, side), mode="area").flatten(1)
 
 def unit(x):
-    """Rows of x (N, D) at length one, also a random EfficientNet's, shorter than F.normalize's
-    eps."""
+    """Rows of x (N, D) at length one, also those of a random EfficientNet, of 1e-14."""
     return F.normalize(x, dim=1, eps=1e-30)
 
 def alignment(a, b):
-    """Mean squared distance of positive pairs a, b (N, D): 0 (views agree) .. 4 (Wang & Isola
-    2020)."""
+    """Mean squared distance of pairs a, b (N, D): 0 (views agree) .. 4 (Wang & Isola 2020)."""
     return (unit(a) - unit(b)).square().sum(1).mean()
 
 def uniformity(x):
@@ -123,8 +121,7 @@ def vote(distances, labels, classes, temperature):
     return scores.scatter_add_(1, labels, weights)
 
 def knn(train_x, train_y, test_x, test_y, k=200, temperature=0.1):
-    """Accuracy in % of the weighted k-nearest-neighbour vote on features (N, D), normalized
-    here."""
+    """Accuracy in % of the weighted vote of the k nearest on features (N, D), normalized here."""
     distances, rows = neighbours(unit(train_x), unit(test_x), k)
     scores = vote(distances, train_y[rows], int(train_y.max()) + 1, temperature)
     return 100 * (scores.argmax(1) == test_y).float().mean().item()
@@ -159,8 +156,7 @@ def linear_probe(x, y, classes):
     return weight, W[-1] - weight @ mean
 
 def mean_and_std(x):
-    """Of each column of x (N, D). A column is constant relative to the others: no division by
-    zero."""
+    """Of each column of x (N, D), without a zero: a column is constant beside the others."""
     std = x.std(0, correction=0)
     return x.mean(0), std.clamp(min=1e-6 * std.max().item()).clamp(min=1e-30)
 
@@ -213,8 +209,7 @@ def accuracy(weight, bias, x, y):
 # ----------------- 4. training on labels: the probe as published (He et al. 2020), and fine-tuning
 
 def train(net, head, images, rows, args, crop, finetune):
-    """Train `head` by SGD on random crops and flips of `rows`, on the frozen net or together with
-    it."""
+    """Train `head` by SGD on random crops and flips of `rows`; with `finetune` the net, too."""
     rank, world = rank_world()
     batch = min(args.batch, len(rows)) // world * world
     epoch_steps = len(rows) // batch
@@ -294,8 +289,7 @@ def published(net, images, rows, classes, args, crop):
 # -------------------------------------------------------------------------------------- 5. results
 
 def measure(scores, y):
-    """Scores (N, C), labels (N,) -> top-1, its 95 % interval (Wilson 1927), top-5, mean per class.
-    """
+    """Scores (N, C), labels (N,) -> top-1 with 95 % interval (Wilson 1927), top-5, per class."""
     n, classes = scores.shape
     is_right = scores.topk(min(5, classes)).indices == y[:, None]
     table = confusion(scores, y)
@@ -434,8 +428,7 @@ def read_checkpoint(name, args):
     return state, args
 
 def load_network(state, args, device):
-    """The network of a checkpoint, or the random one that pretraining with this seed starts
-    from."""
+    """The network of a checkpoint, or the random one that a run with this seed starts from."""
     if args.stem is None:
         args.stem = "small" if args.size <= 64 and args.data != "fractals" else "imagenet"
     torch.manual_seed(args.seed)
@@ -463,8 +456,7 @@ def check_labels(train_set, test_set, name):
         raise InputError(f"--data {name}: {wrong}")
 
 def labelled_subset(labels, wanted, seed):
-    """Rows of a class-balanced subset. `wanted`: a share ("0.01") of the labelled images, or a
-    number a class ("25")."""
+    """Rows of a class-balanced subset: a share ("0.01") of labels, or a number ("25") a class."""
     classes = int(labels.max()) + 1
     try:
         number = float(wanted) if "." in wanted else int(wanted)

@@ -62,8 +62,7 @@ class BasicBlock(nn.Module):
         return y.add_(shortcut).relu_()
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions around a shortcut: ResNet-50. The stride is on the 3x3
-    ("v1.5")."""
+    """1x1, 3x3, 1x1 convolutions around a shortcut: ResNet-50, with its stride on the 3x3."""
     expansion = 4
 
     def __init__(self, cin, width, stride):
@@ -399,8 +398,7 @@ def read_teacher(path, arch=None):
 #     (0, 0)    (0, 1)    (1, 0)    (1, 1)
 
 def speed_up_small_maps(net):
-    """Swap the classes of `net`'s convolutions for those below, in place. Names and results
-    stay."""
+    """Swap the classes of `net`'s convolutions for those below. Names and results stay."""
     for layer in net.modules():
         if type(layer) is nn.Conv2d and layer.padding[0] == layer.kernel_size[0] // 2:
             layer.__class__ = Conv2dOfSmallMaps if layer.groups == 1 else DepthwiseOfSmallMaps

@@ -52,8 +52,7 @@ class Encoder(nn.Module):
         return torch.cat(embeddings)
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BatchNorm with statistics of each of `splits` parts of the batch alone (MoCo's CIFAR
-    notebook)."""
+    """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook)."""
 
     def forward(self, x):
         if not self.training:
@@ -61,8 +60,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat([nn.BatchNorm2d.forward(self, part) for part in x.chunk(self.splits)])
 
 class MoCo(nn.Module):
-    """A query encoder that learns, a key encoder that follows it, a queue of past keys (He et
-    al.)."""
+    """A query encoder that learns, a key encoder that follows it, and a queue of past keys."""
 
     def __init__(self, encoder, dim, queue_size, splits):
         super().__init__()
@@ -82,8 +80,7 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, views, order):
-        """Keys (B, C) of the whole batch, from this process's share of the views in shuffled
-        `order`.
+        """Keys (B, C) of the whole batch from this process's share of views in shuffled `order`.
 
         Shuffling BN (section 3.3): keys meet BatchNorm in other company than their queries, in
         parts. Else a query could find its key by the batch statistics that both share.
@@ -311,8 +308,8 @@ if triton is not None:
         total = tl.zeros([ROWS], tl.float32)
         weighted = tl.zeros([ROWS, WIDTH], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
-        for start in range(part * PART, part * PART + PART, KEYS):
-            number = start + tl.arange(0, KEYS)
+        for start in range(0, PART, KEYS):
+            number = part * PART + start + tl.arange(0, KEYS)
             keys = tl.load(queue_ptr + number[:, None] * C + columns,
                            mask=(number[:, None] < K) & (columns < C), other=0.0)
             logits = tl.dot(q, tl.trans(keys)) * scale - base[:, None]
@@ -341,14 +338,12 @@ def fused_sums(q, queue, scale, base, part=1024):
     return total.sum(0), weighted.sum(0), top.amax(0)
 
 def smooth_target(q, k, queue, share, n):
-    """1 - share on the own key, the rest evenly on the n nearest keys of the queue (Lin et al.
-    2022)."""
+    """1 - share on the own key, the rest evenly on the n nearest keys of the queue (Lin 2022)."""
     nearest = (q @ queue.T).topk(n, dim=1).indices
     return (1 - share) * k + share * queue[nearest].mean(1)
 
 def teacher_target(z, queue, temperature):
-    """The teacher's mean key under its softmax over [its embedding z (N, C), a queue of such ones]
-    (SEED, Fang et al. 2021)."""
+    """The mean key under the teacher's softmax over [its embedding z, a queue of such] (SEED)."""
     return softmax_over_keys(z, z, queue, temperature)[0]
 
 @torch.no_grad()

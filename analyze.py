@@ -403,7 +403,8 @@ def main(argv=None):
     samples = {}
     loaded = {}
     for name in names:
-        state, own = linear_eval.read_checkpoint("random" if name == "pixels" else name, args)
+        source = "random" if name == "pixels" else name
+        state, own = linear_eval.read_checkpoint(source, args)
         if name == names[0]:
             first = own
         own.data, own.root, own.keep = first.data, first.root, first.keep
@@ -435,7 +436,9 @@ def write(results, samples, train, held, args):
     for r in results.values():
         print(f"- {r['verdict']}.")
     first = Path(next(iter(results)))
-    out = Path(args.out) if args.out else (first if first.is_dir() else Path("runs")) / "analysis"
+    if not first.is_dir():
+        first = Path("runs")
+    out = Path(args.out or first / "analysis")
     out.mkdir(parents=True, exist_ok=True)
     data.save(out / "analysis.json", json.dumps(results, indent=1))
     short = [Path(name).name for name in results]
@@ -444,7 +447,7 @@ def write(results, samples, train, held, args):
     samples = dict(zip(short, samples.values()))
     draw_space(samples, train.classes, out / "space.png")
     draw_similarity(samples, out / "similarity.png")
-    draw_neighbours(samples, train, train if held is None else held, out / "neighbours.png")
+    draw_neighbours(samples, train, held or train, out / "neighbours.png")
     logs = {}
     for name, path in zip(short, map(Path, results)):
         file = path / "log.jsonl" if path.is_dir() else path.parent / "log.jsonl"

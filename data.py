@@ -654,9 +654,9 @@ class Progress:
         minutes, seconds = divmod(int(a_step * (self.total - done)), 60)
         text += f"  {minutes}:{seconds:02} left"
         if self.is_live:
-            print(f"\r\033[K{text}", end="\n" if end else "", flush=True)
-        else:
-            print(text, flush=True)
+            text = f"\r\033[K{text}"  # over the line before
+        is_open = self.is_live and not end
+        print(text, end="" if is_open else "\n", flush=True)
 
 def save(path, content):
     """Write a text or a torch file under a temporary name, then rename it: never half a file.

@@ -423,8 +423,7 @@ def read_checkpoint(name, args):
                     keep=None)
     for key, default in defaults.items():
         if getattr(args, key) is None:
-            value = info.get(key)
-            setattr(args, key, default if value is None else value)
+            setattr(args, key, info.get(key) or default)
     return state, args
 
 def load_network(state, args, device):

@@ -142,9 +142,10 @@ class ResNet(nn.Module):
 
     def stage(self, block, width, count, stride):
         blocks = []
-        for i in range(count):
-            blocks.append(block(self.dim, width, stride if i == 0 else 1))
+        for _ in range(count):
+            blocks.append(block(self.dim, width, stride))
             self.dim = width * block.expansion
+            stride = 1  # after the first block
         return nn.Sequential(*blocks)
 
     def forward(self, x):
@@ -158,7 +159,8 @@ class MobileNetV3(nn.Module):
         super().__init__()
         eps = 0.001
         cin = 16
-        layers = [conv_bn(3, cin, stride=1 if small else 2, act=nn.Hardswish, eps=eps)]
+        stride = 1 if small else 2
+        layers = [conv_bn(3, cin, 3, stride, act=nn.Hardswish, eps=eps)]
         for kernel, expanded, cout, has_se, act, stride in rows:
             squeeze = multiple_of_8(expanded / 4) if has_se else 0
             layers.append(InvertedResidual(cin, expanded, cout, kernel, stride, squeeze, act,
@@ -176,14 +178,15 @@ class EfficientNet(nn.Module):
     def __init__(self, rows, depth, small):
         super().__init__()
         cin = 32
-        layers = [conv_bn(3, cin, stride=1 if small else 2, act=nn.SiLU)]
+        stride = 1 if small else 2
+        layers = [conv_bn(3, cin, 3, stride, act=nn.SiLU)]
         for expand, kernel, stride, cout, count in rows:
             blocks = []
-            for i in range(math.ceil(count * depth)):
-                blocks.append(InvertedResidual(
-                    cin, cin * expand, cout, kernel, stride if i == 0 else 1, cin // 4,
-                    nn.SiLU, nn.SiLU, nn.Sigmoid, eps=1e-5))
+            for _ in range(math.ceil(count * depth)):
+                blocks.append(InvertedResidual(cin, cin * expand, cout, kernel, stride, cin // 4,
+                                               nn.SiLU, nn.SiLU, nn.Sigmoid, eps=1e-5))
                 cin = cout
+                stride = 1  # after the first block of a row
             layers.append(nn.Sequential(*blocks))
         layers.append(conv_bn(cin, 4 * cin, 1, act=nn.SiLU))
         self.features = nn.Sequential(*layers)
@@ -309,18 +312,18 @@ def read_backbone(path, arch=None):
 
     -> (state dict with torchvision's names and without the last Linear; a dict with `arch`, `stem`,
     the names it `dropped`, and `size`, `data`, `root`, `keep`, `classes` as far as they are known).
-    The network is `arch`, or what args.json beside the file says. Raises InputError if it is not in
-    the file, or only a part of what is. Never executes code from the file.
+    The network is `arch`, or what args.json beside the file or `args` in it says. Raises InputError
+    if it is not in the file, or only a part of what is. Never executes code from the file.
     """
     path = Path(path)
     if path.is_dir():
         path = path / "backbone.pt"
     state = state_dict_in(path)
-    info = {}
+    saved = data.load_file(path).get("args", {})
     if (path.parent / "args.json").is_file():
         saved = data.read_json(path.parent / "args.json")
-        names = ("arch", "stem", "size", "data", "root", "keep", "classes")
-        info = {name: saved[name] for name in names if name in saved}
+    names = ("arch", "stem", "size", "data", "root", "keep", "classes")
+    info = {name: saved[name] for name in names if name in saved}
     info["arch"] = arch or info.get("arch")
     if info["arch"] is None:
         raise InputError(f"{path}: of which network? Name it with --arch")

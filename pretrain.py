@@ -487,10 +487,11 @@ def report(out, learned, untrained, train, test, args):
     """What the features are worth, beside those of random weights and beside raw pixels."""
     data.allow_tf32(False)
     networks = {"learned": learned.eval(), "random weights": untrained}
-    print0("\nfeatures          alignment  uniformity" if test is None else
-           f"\nfeatures              kNN %    linear %   ({len(test):,} held-out images, "
-           f"{len(train.classes)} classes)")
-    if test is not None:
+    if test is None:
+        print0("\nfeatures          alignment  uniformity")
+    else:
+        print0(f"\nfeatures              kNN %    linear %   ({len(test):,} held-out images, "
+               f"{len(train.classes)} classes)")
         networks["raw pixels"] = linear_eval.Pixels()
     for name, network in networks.items():
         first, second = judge(network, train, test, args, probe=True).values()
@@ -589,7 +590,8 @@ def parse(argv):
     add("--data", default="fractals", help="fractals, cifar10, cifar100, stl10, or a folder")
     add("--root", default="data", help="folder of downloaded and decoded data sets [data]")
     add("--size", type=int, help="side of a view [the images' shorter side, at most 224]")
-    add("--keep", type=int, help="side at which a folder's images are stored [to 1.5 --size]")
+    add("--keep", type=int, help="side at which a folder's images are stored [theirs, from --size "
+        "to 1.5 --size]")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="mobilenetv3", help=", ".join(models.ARCHS))

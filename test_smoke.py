@@ -231,6 +231,15 @@ def test_read_backbone_formats(arch, tmp_path):
     with pytest.raises(InputError, match="of which network"):
         models.read_backbone(tmp_path / "c.pt")
 
+def test_the_weights_in_assets_are_torchvisions():
+    file = HERE / "assets/mobilenetv3_small-tiny50.pt"
+    state, info = models.read_backbone(file)
+    assert (info["arch"], info["stem"], info["size"]) == ("mobilenetv3_small", "imagenet", 64)
+    net = torchvision.models.mobilenet_v3_small()
+    missing, unexpected = net.load_state_dict(torch.load(file)["state_dict"], strict=False)
+    assert missing == ["classifier.3.weight", "classifier.3.bias"] and not unexpected
+    assert all(w.isfinite().all() for w in state.values())
+
 @pytest.mark.parametrize("arch,part", [("resnet34", "resnet18"),
                                        ("efficientnet_b1", "efficientnet_b0")])
 def test_a_part_of_a_larger_network_is_refused(arch, part, tmp_path):
@@ -1515,6 +1524,8 @@ def pretend_gpu(commands):
         for script, *argv in commands:
             globals()[script].main(argv)
 
+@pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
+                    reason="a pretend GPU needs torch 2.11 or newer")
 @pytest.mark.parametrize("flags", [
     "--symmetric --smooth 0.1 --local-crops 2 --hide --head dropout --momentum-end 1",
     "--teacher TMP/teacher --init TMP/teacher"])

@@ -639,7 +639,7 @@ def parse(argv):
     add("--batch", type=int, help="images a step, over all processes [MoCo: 256; 1/80 of all]")
     add("--lr", type=float, help="of SGD [MoCo: 0.03 per 256 images a step; 0.04 to 5,000 steps]")
     add("--wd", type=float, default=1e-4, help="weight decay [1e-4]")
-    add("--warmup", type=float, default=0, help="epochs of linear warm-up [0]")
+    add("--warmup", type=float, help="epochs of linear warm-up [MoCo: 0; 2 under 5,000 steps]")
     add("--schedule", default="cosine", choices=["cosine", "constant"], help="of --lr [cosine]")
 
     add = parser.add_argument_group("run").add_argument
@@ -694,6 +694,10 @@ def fill_auto(args, n, world):
                 args.bn_splits = splits
     if args.lr is None:
         args.lr = (0.04 if args.total_steps < 5_000 else 0.03) * args.batch / 256
+    if args.warmup is None:
+        args.warmup = 0
+        if args.total_steps < 5_000:  # a network that outruns its keys has no time to recover
+            args.warmup = min(2, args.total_steps / epoch_steps / 7)
     if args.knn_every is None:
         args.knn_every = max(1, args.total_steps // epoch_steps // 5)
     picked = [name for name in open_flags if getattr(args, name) is not None]

@@ -851,12 +851,12 @@ def test_recipes_and_auto_rules(capsys):
     pretrain.fill_auto(args, 5120, 1)
     pretrain.check(args, 5120, 1)
     assert (args.batch, args.queue, args.momentum, args.bn_splits) == (64, 128, 0.8, 2)
-    assert (args.lr, args.total_steps, args.knn_every) == (0.01, 1120, 2)
+    assert (args.lr, args.total_steps, args.knn_every, args.warmup) == (0.01, 1120, 2, 2)
     assert "--queue 128" in capsys.readouterr().out
     args = pretrain.parse(["--size", "224", "--data", "imagenet"])
     pretrain.fill_auto(args, 1_281_167, 8)
     assert (args.batch, args.queue, args.momentum) == (256, 65536, 0.999)
-    assert (args.bn_splits, args.lr, args.stem) == (8, 0.03, "imagenet")
+    assert (args.bn_splits, args.lr, args.stem, args.warmup) == (8, 0.03, "imagenet", 0)
 
 def test_a_run_end_to_end(tmp_path, capsys):
     make_folder(tmp_path / "images/train", per=9)

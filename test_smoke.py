@@ -13,6 +13,7 @@ import pickle
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -84,14 +85,20 @@ def read_log(folder):
 def processes(world, code, codes=(0,)):
     """Run `code` in the `world` processes of a group, as torchrun starts them; -> exit codes."""
     jobs = []
-    port = str(random.randint(20000, 40000))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     for rank in range(world):
         env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1",
                    MASTER_PORT=port, OMP_NUM_THREADS=1)
         env = os.environ | {key: str(value) for key, value in env.items()}
         jobs.append(subprocess.Popen([sys.executable, "-c", code], cwd=HERE, env=env,
                                      stdout=subprocess.DEVNULL))
-    ended = [job.wait(240) for job in jobs]
+    try:
+        ended = [job.wait(240) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
     assert set(ended) <= set(codes)
     return ended
 

@@ -209,11 +209,10 @@ ZOOM = 2  # pictures are drawn twice as large, then shrunk
 SIDE = 400  # of a panel
 
 class Sheet:
-    """A picture of columns x rows panels, each a pair of axes with points and lines in its data."""
+    """A picture with panels of SIDE x SIDE, pairs of axes with points and lines in their data."""
 
-    def __init__(self, columns, rows, margin=0):
-        size = (ZOOM * (SIDE * columns + margin), ZOOM * SIDE * rows)
-        self.picture = Image.new("RGB", size, "white")
+    def __init__(self, width, height):
+        self.picture = Image.new("RGB", (ZOOM * width, ZOOM * height), "white")
         self.draw = ImageDraw.Draw(self.picture)
 
     def text(self, x, y, text, size=12, anchor="lm"):
@@ -260,7 +259,7 @@ class Sheet:
 
 def draw_space(samples, classes, path):
     """t-SNE and PCA of the originals by class; below, the originals of a class and their views."""
-    sheet = Sheet(len(samples), 3, 140)
+    sheet = Sheet(SIDE * len(samples) + 140, SIDE * 3)
     shown = classes[:SHOWN]
     for column, (name, s) in enumerate(samples.items()):
         rows = (s["y"] < SHOWN).nonzero()[:700, 0]
@@ -283,7 +282,7 @@ def draw_space(samples, classes, path):
 
 def draw_similarity(samples, path):
     """Densities of the cosines of two views of an image, of images of a class, and of others."""
-    sheet = Sheet(len(samples), 1)
+    sheet = Sheet(SIDE * len(samples), SIDE)
     for column, (name, s) in enumerate(samples.items()):
         o = unit(s["o"])
         pairs = torch.triu_indices(len(o), len(o), 1)
@@ -311,9 +310,7 @@ def draw_neighbours(samples, train, held, path, cell=64):
     first = next(iter(samples.values()))
     width = (first["near"].shape[1] + 1) * (cell + 4) + 30
     height = len(first["query"]) * (cell + 4) + 34
-    sheet = Sheet(0, 0)
-    sheet.picture = Image.new("RGB", (ZOOM * width * len(samples), ZOOM * height), "white")
-    sheet.draw = ImageDraw.Draw(sheet.picture)
+    sheet = Sheet(width * len(samples), height)
     for column, (name, s) in enumerate(samples.items()):
         sheet.text(width * column + 8, 16, f"{name}: query, its nearest (framed: another class)")
         for r, query in enumerate(s["query"].tolist()):
@@ -332,7 +329,7 @@ def draw_curves(logs, path):
     """Loss, instance accuracy and kNN (without labels: uniformity) by epoch, of runs' logs."""
     keys = [key for key in ("loss", "instance_accuracy", "knn", "uniformity")
             if any(key in entry for log in logs.values() for entry in log)]
-    sheet = Sheet(len(keys), 1)
+    sheet = Sheet(SIDE * len(keys), SIDE)
     for column, key in enumerate(keys):
         curves = [[(entry["epoch"], entry[key]) for entry in log if key in entry]
                   for log in logs.values()]

@@ -232,6 +232,10 @@ def schedule(n, batch, seed, step, hide=False, local=0):
 def order_of_epoch(n, seed, epoch):
     return torch.randperm(n, generator=seeded(seed, "epoch", epoch))
 
+def cosine(start, end, t):
+    """From `start` at t = 0 to `end` at t = 1, along half a cosine."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
+
 def seeded(*key):
     """A CPU generator that is a function of `key`, hashed to 32 bits, as torch uses no more."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
@@ -345,13 +349,14 @@ def load_folder(folder, root, size, keep, device):
 def move_to_device(images, device):
     """[train, test or nothing] -> train, test or None; pixels on the device if there is room."""
     for part in images:
+        if device.type == "cpu":
+            break
         room = torch.tensor(int(3 * part.pixels.numel() < free_memory(device)), device=device)
         if dist.is_initialized():  # all processes or none, or they would not work alike
             dist.all_reduce(room, dist.ReduceOp.MIN)
-        if device.type != "cpu":
-            part.is_far = not room.item()
-            if room.item():
-                part.pixels = part.pixels.to(device)
+        part.is_far = not room.item()
+        if not part.is_far:
+            part.pixels = part.pixels.to(device)
     return images[0], images[1] if len(images) > 1 else None
 
 def free_memory(device):
@@ -400,9 +405,11 @@ def decoded(files, classes, side, folder, source, device):
     fingerprint = hashlib.sha1()
     for path, _ in files:
         fingerprint.update(os.fsencode(path))
-        if os.path.exists(path):
+        try:
             status = os.stat(path)
-            fingerprint.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
+        except OSError:  # a link to nowhere
+            continue
+        fingerprint.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
     name = f"{source.resolve().name}-{side}px-{fingerprint.hexdigest()[:16]}"
     pixel_file = folder / f"{name}.pixels"
     index_file = folder / f"{name}.index"
@@ -615,6 +622,13 @@ def gather(x):
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     return torch.cat(parts)
+
+def mean_over_processes(x):
+    """The mean of all processes' x, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
 
 def print0(line):
     """Print, on the first process only."""

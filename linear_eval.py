@@ -145,9 +145,11 @@ def linear_probe(x, y, classes):
     W = None
     if is_held.any():
         best = -1.0
+        rest_z, rest_y = z[~is_held], y[~is_held]
+        held_z, held_y = z[is_held], y[is_held]
         for candidate in PENALTIES:
-            W = fit(z[~is_held], y[~is_held], classes, candidate, covariance, W, steps=15)
-            right = ((z[is_held] @ W).argmax(1) == y[is_held]).float().mean().item()
+            W = fit(rest_z, rest_y, classes, candidate, covariance, W, steps=15)
+            right = ((held_z @ W).argmax(1) == held_y).float().mean().item()
             if right > best:
                 best = right
                 penalty = candidate
@@ -228,9 +230,8 @@ def train(net, head, images, rows, args, crop, finetune):
         pixels, shapes = images.put(*images.fetch(rows[picked[mine]]))
         views = data.augment(pixels, data.to_device(u[0, mine], images.device), args.size, crop,
                              jitter=0, hue=0, gray=0, blur=0, shapes=shapes)
-        done = step / steps
         if finetune:
-            factor = 0.5 * (1 + math.cos(math.pi * done))
+            factor = data.cosine(1, 0, step / steps)
         else:  # a tenth from 60 % on, a hundredth from 80 % on
             epochs_done = step // epoch_steps / args.epochs
             factor = 0.1 ** ((epochs_done >= 0.6) + (epochs_done >= 0.8))
@@ -247,8 +248,7 @@ def train(net, head, images, rows, args, crop, finetune):
         loss.backward()
         if finetune and world > 1:
             for p in parameters:
-                dist.all_reduce(p.grad)
-                p.grad /= world
+                data.mean_over_processes(p.grad)
         optimizer.step()
         if progress.due():
             progress.show(step + 1, f"epoch {step // epoch_steps + 1}/{args.epochs}  "
@@ -429,7 +429,7 @@ def read_checkpoint(name, args):
 def load_network(state, args, device):
     """The network of a checkpoint, or the random one that a run with this seed starts from."""
     if args.stem is None:
-        args.stem = "small" if args.size <= 64 and args.data != "fractals" else "imagenet"
+        args.stem = models.default_stem(args.size, args.data)
     torch.manual_seed(args.seed)
     net = models.build(args.arch, args.stem)
     if state is not None:
@@ -528,11 +528,13 @@ def main(argv=None):
            f"{len(test_set):,} test images, {classes} classes")
 
     table = {}
-    if args.knn or args.finetune or args.protocol == "fast":
+    is_published = args.protocol == "moco" and not args.finetune
+    test_x, test_y = extract(net, test_set, args.size)
+    if args.knn or not is_published:
         train_x, train_y = extract(net, train_set, args.size, rows)
     if args.knn:
-        table = knn_table(train_x, train_y, *extract(net, test_set, args.size), classes)
-    if args.protocol == "moco" and not args.finetune:
+        table = knn_table(train_x, train_y, test_x, test_y, classes)
+    if is_published:
         is_transfer = args.trained_on not in (None, args.data)
         crop = args.crop or ((0.6, 1) if is_transfer else (0.08, 1))
         weight, bias = published(net, train_set, rows, classes, args, crop)
@@ -546,7 +548,7 @@ def main(argv=None):
         weight, bias = finetuned(net, train_set, rows, train_x, weight, bias, args)
         protocol = "finetune"
         name = f"fine-tuned, {args.epochs} epochs"
-    test_x, test_y = extract(net, test_set, args.size)
+        test_x, test_y = extract(net, test_set, args.size)  # by the network as it is now
     scores = F.linear(test_x, weight, bias)
     table[name] = measure(scores, test_y)
     if rank_world()[0] == 0:

@@ -248,8 +248,14 @@ def build(arch, stem="auto", size=224):
     if stem not in ("auto", "imagenet", "small"):
         raise InputError(f"--stem {stem}: unknown; choose from auto, imagenet, small")
     if stem == "auto":
-        stem = "small" if size <= 64 else "imagenet"
+        stem = default_stem(size)
     return initialize(ARCHS[arch](small=stem == "small"))
+
+def default_stem(size, data_set=None):
+    """The small stem up to 64 pixels, but not for the fractals: it would take minutes more."""
+    if size <= 64 and data_set != "fractals":
+        return "small"
+    return "imagenet"
 
 def initialize(module):
     """He et al. 2015 for convolutions (fan out) and Linears (fan in), zero biases, in place.
@@ -318,8 +324,7 @@ def read_backbone(path, arch=None):
     path = Path(path)
     if path.is_dir():
         path = path / "backbone.pt"
-    state = state_dict_in(path)
-    saved = data.load_file(path).get("args", {})
+    state, saved = read_state(path)
     if (path.parent / "args.json").is_file():
         saved = data.read_json(path.parent / "args.json")
     names = ("arch", "stem", "size", "data", "root", "keep", "classes")
@@ -351,9 +356,9 @@ def refuse_larger(path, arch, prefix, wanted, dropped):
             raise InputError(f"{path}: holds a larger network than {arch} (such as {name}); "
                              "name the right --arch")
 
-def state_dict_in(path):
-    """{name: tensor} of a checkpoint file; InputError if there is none."""
-    state = data.load_file(path)
+def read_state(path):
+    """{name: tensor} of a checkpoint file, and the flags beside it; InputError without tensors."""
+    state = content = data.load_file(path)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -361,7 +366,7 @@ def state_dict_in(path):
         state = {name: w for name, w in state.items() if isinstance(w, torch.Tensor)}
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path}: holds no state dict")
-    return state
+    return state, content.get("args", {})
 
 def read_teacher(path, arch=None):
     """(backbone, projection head) of a run or a MoCo checkpoint, to distill from (SEED).
@@ -377,7 +382,7 @@ def read_teacher(path, arch=None):
 
     # the head's Linears, by their place in its Sequential
     layers = {}
-    for name, value in state_dict_in(path).items():
+    for name, value in read_state(path)[0].items():
         match = re.fullmatch(r"(?:module\.)?encoder_q\.(?:head|fc)\.(\d+)\.(weight|bias)", name)
         if match is not None:
             layers.setdefault(int(match[1]), {})[match[2]] = value

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import linear_eval
 import models
-from data import InputError, print0, rank_world
+from data import InputError, cosine, mean_over_processes, print0, rank_world
 
 # ----------------------------------------------------------------------------------- 1. the method
 
@@ -555,17 +555,7 @@ def refuse_infinite(loss, step, out, args):
             f"without bound; lower --lr (now {args.lr:g}), raise --temp or add --warmup; "
             f"{out}/last.pt is from before, if there is one")
 
-def mean_over_processes(x):
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
 # -------------------------------------------------------------------------- 9. schedules and flags
-
-def cosine(start, end, t):
-    """From `start` at t = 0 to `end` at t = 1, along half a cosine."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
 
 def learning_rate(args, step, epoch_steps):
     warmup = 1.0
@@ -668,7 +658,7 @@ def fill_auto(args, n, world):
     """Flags left open, from the number n of images. Each rule may use the flags above it."""
     open_flags = [name for name, value in vars(args).items() if value is None]
     if args.stem is None:
-        args.stem = "small" if args.size <= 64 and args.data != "fractals" else "imagenet"
+        args.stem = models.default_stem(args.size, args.data)
     if args.batch is None:
         args.batch = min(max(32, power_of_two(min(256, n // 80))), power_of_two(n // 4))
         args.batch = max(2, args.batch // world * world)

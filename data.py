@@ -33,6 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  (see start)
 from PIL import Image
 
 # ------------------ 1. augmentation: a function of a batch of images and of uniform random numbers
@@ -580,7 +581,11 @@ class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and how to fix it."""
 
 def start(name):
-    """The device called `name` (auto: the first there is); under torchrun also the group."""
+    """The device called `name` (auto: the first there is); under torchrun also the group.
+
+    Optimizers import torch.distributed.nn, whose default arguments name the group. Imported after
+    the group is made it would keep the group's threads, which abort some processes at their end.
+    """
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name

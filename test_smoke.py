@@ -92,7 +92,8 @@ def processes(world, code, codes=(0,)):
         env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1",
                    MASTER_PORT=port, OMP_NUM_THREADS=1)
         env = os.environ | {key: str(value) for key, value in env.items()}
-        jobs.append(subprocess.Popen([sys.executable, "-c", code], cwd=HERE, env=env,
+        checked = f"{code}; import test_smoke; test_smoke.assert_the_group_ended()"
+        jobs.append(subprocess.Popen([sys.executable, "-c", checked], cwd=HERE, env=env,
                                      stdout=subprocess.DEVNULL))
     try:
         ended = [job.wait(240) for job in jobs]
@@ -101,6 +102,11 @@ def processes(world, code, codes=(0,)):
             job.kill()
     assert set(ended) <= set(codes)
     return ended
+
+def assert_the_group_ended():
+    """A group's thread that outlives it may abort the process while Python ends."""
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in names if "gloo" in name]
 
 class NoBatchNorm(torch.nn.Module):
     """A network without BatchNorm, whose statistics of small batches would amplify rounding."""

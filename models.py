@@ -306,11 +306,12 @@ def make_head(kind, d, c=128):
 # ssl-small (the query encoder), of SEED, of a DataParallel; in torchvision's nothing.
 PREFIXES = ("encoder_q.backbone.", "module.encoder_q.", "encoder_q.", "module.student.", "student.",
             "module.", "")
-LAST_LINEAR = dict(resnet="fc", mobile="classifier.3", effici="classifier.1")  # in torchvision
 
 def last_linear(arch):
     """torchvision's name of the classifying Linear, which the networks here do without."""
-    return LAST_LINEAR[arch[:6]]
+    if arch.startswith("resnet"):
+        return "fc"
+    return "classifier.3" if arch.startswith("mobilenet") else "classifier.1"
 
 def read_backbone(path, arch=None):
     """The backbone in a checkpoint: a run's folder, last.pt, backbone.pt, a torchvision state dict,

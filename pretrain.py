@@ -96,19 +96,24 @@ class MoCo(nn.Module):
         rows = torch.arange(step * len(keys), (step + 1) * len(keys), device=keys.device)
         self.queue[rows % len(self.queue)] = keys
 
-def info_nce_plain(q, k, queue, temperature, target=None):
+def info_nce_plain(q, k, queue, temperature, target=None, fresh=None):
     """InfoNCE as a formula: cross-entropy of a softmax over [own key, all keys of the queue].
 
     q, k, target (N, C), queue (K, C), rows of length one -> loss (N,), and whether a query's own
-    key is nearer than all of the queue (N,). `target` is the mean key under the wanted
-    distribution: k in MoCo (Oord et al. 2018), softer in section 4.
+    key is nearer than all others (N,). `target` is the mean key under the wanted distribution: k
+    in MoCo (Oord et al. 2018), softer in section 4. `fresh` are more negatives, for in-batch ones:
+    keys (M, C), and where a query and a key are of one image (N, M).
     """
     target = k if target is None else target
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature
+    if fresh is not None:
+        keys, is_own = fresh
+        others = (q @ keys.T / temperature).masked_fill(is_own, -math.inf)
+        logits = torch.cat([logits, others], dim=1)
     loss = logits.logsumexp(1) - (q * target).sum(1) / temperature
     return loss, logits[:, 0] > logits[:, 1:].amax(1)
 
-def info_nce(q, k, queue, temperature, target=None):
+def info_nce(q, k, queue, temperature, target=None, fresh=None):
     """The same without the N x (1 + K) logits in memory, in one pass. Only q gets a gradient.
 
     The gradient of a log-sum-exp is a mean under the softmax, which is what attention computes. So
@@ -116,7 +121,7 @@ def info_nce(q, k, queue, temperature, target=None):
     """
     with torch.no_grad():
         target = k if target is None else target
-        mean, excess, hit = softmax_over_keys(q, k, queue, temperature)
+        mean, excess, hit = softmax_over_keys(q, k, queue, temperature, fresh)
         loss = excess + (q * (k - target)).sum(1) / temperature
         gradient = (mean - target) / temperature
     zero = ((q - q.detach()) * gradient).sum(1)  # but it has that gradient
@@ -151,7 +156,10 @@ def train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, ste
         target = teacher_target(k, moco.queue, args.teacher_temp)
     elif args.smooth > 0:
         target = smooth_target(q.detach(), k, moco.queue, args.smooth, args.smooth_k)
-    loss, hit = info_nce(q, k, moco.queue, args.temp, target)
+    fresh = None
+    if args.in_batch and not is_distilling:
+        fresh = other_keys(new_keys, n, len(q), rank)
+    loss, hit = info_nce(q, k, moco.queue, args.temp, target, fresh)
 
     scaler.scale(loss.mean()).backward()  # scales for float16 alone
     scaler.step(optimizer)
@@ -170,7 +178,7 @@ def main(argv=None):
 
     # images, and the flags that follow from their number
     train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device)
-    fill_auto(args, len(train), world)
+    fill_auto(args, len(train), world, device.type == "cpu")
     check(args, len(train), world)
     epoch_steps = len(train) // args.batch
     steps = args.total_steps
@@ -179,7 +187,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     moco, teacher, untrained = build_networks(args, device)
     encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
-    dtype = choose_dtype(args.precision, device)
+    dtype = choose_dtype(args.precision, device, args.arch)
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), args.lr, 0.9, weight_decay=args.wd,
                                 fused=device.type != "mps" and dtype != torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -189,9 +197,10 @@ def main(argv=None):
     out, first, log, sums = start_or_resume(args, moco, optimizer, scaler, train)
     print0(f"{args.arch} on {world} x {device.type}: {len(train):,} images at {args.size} pixels, "
            f"steps {first:,} to {steps:,} of {args.batch} images, in {out}")
+    negatives = args.queue + args.in_batch * (1 + args.symmetric) * (args.batch - 1)
     print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while real "
-           "keys take the place of the random ones that the queue starts with, towards ln(K + 1) = "
-           f"{math.log(args.queue + 1):.2f}; from there it should fall.")
+           "keys take the place of the random ones that the queue starts with, towards "
+           f"ln(1 + {negatives:,} negatives) = {math.log(1 + negatives):.2f}; then it should fall.")
 
     moco.train()
     data.allow_tf32(True)
@@ -204,7 +213,7 @@ def main(argv=None):
             group["lr"] = learning_rate(args, step, epoch_steps)
         if teacher is not None and step == args.teacher_steps:
             end_distillation(moco, args.seed)
-        torch.manual_seed(data.seeded(args.seed, "dropout", step).initial_seed())
+        torch.manual_seed(data.seeded(args.seed, "dropout", step).initial_seed())  # for dropout
         views = make_views(train, batch, args)
         sums += train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, step, args)
 
@@ -245,8 +254,8 @@ def main(argv=None):
 
 # ------------------------------------ 4. details of the loss: the sum over the queue, soft targets
 
-def softmax_over_keys(q, k, queue, temperature):
-    """Softmax over [own key, all keys of the queue] for q, k (N, C), queue (K, C) ->
+def softmax_over_keys(q, k, queue, temperature, fresh=None):
+    """Softmax over [own key, all keys of the queue, fresh ones] for q, k (N, C), queue (K, C) ->
 
     mean key under it (N, C); log-sum-exp of the logits minus the own one (N,); is the own key
     nearer than all others (N,). Rows have length one, so no logit exceeds 1 / T: with the own logit
@@ -257,6 +266,13 @@ def softmax_over_keys(q, k, queue, temperature):
     own = scale * (q * k).sum(1)
     base = own.clamp(min=scale - 80)  # exp(80) fits float32
     total, weighted, top = sums_over_queue(q, queue, scale, base)
+    if fresh is not None:
+        keys, is_own = fresh
+        logits = torch.addmm(-base[:, None], q, keys.T, alpha=scale).masked_fill_(is_own, -math.inf)
+        top = torch.maximum(top, logits.amax(1))
+        weights = logits.exp_()
+        total += weights.sum(1)
+        weighted.addmm_(weights, keys)
     own_weight = (own - base).exp()  # 1, unless the bound holds
     total = total + own_weight
     mean = (weighted + own_weight[:, None] * k) / total[:, None]
@@ -337,6 +353,18 @@ def fused_sums(q, queue, scale, base, part=1024):
         WIDTH=width, ROWS=rows, KEYS=rows, PART=part)
     return total.sum(0), weighted.sum(0), top.amax(0)
 
+def other_keys(new_keys, n, queries, rank):
+    """In-batch negatives: the keys of this step, and which are of a query's own image (N, M).
+
+    All keys of the queue are older than a query's own key. Where the encoder moves fast, at the
+    start and in short runs, age tells them apart, and the network learns that first. Keys of other
+    images as fresh as the own one (SimCLR, MoCo v3) leave nothing to learn from age.
+    """
+    keys = torch.cat(new_keys)
+    image_of_key = torch.arange(len(keys), device=keys.device) % (len(keys) // len(new_keys))
+    image_of_query = rank * n + torch.arange(queries, device=keys.device) % n
+    return keys, image_of_query[:, None] == image_of_key
+
 def smooth_target(q, k, queue, share, n):
     """1 - share on the own key, the rest evenly on the n nearest keys of the queue (Lin 2022)."""
     nearest = (q @ queue.T).topk(n, dim=1).indices
@@ -371,13 +399,13 @@ def make_views(images, batch, args):
     queries, keys, order = batch
     queries = put(images, *queries)
     keys = put(images, *keys)
-    query_views = [augment(queries, 0, args)]
-    key_views = [augment(keys, 1, args)]
+    query_views = [view_of(queries, 0, args)]
+    key_views = [view_of(keys, 1, args)]
     if args.symmetric:  # the two views change roles
-        query_views.append(augment(queries, 1, args))
-        key_views.append(augment(keys, 0, args))
+        query_views.append(view_of(queries, 1, args))
+        key_views.append(view_of(keys, 0, args))
     if args.local_crops > 0:
-        small = [augment(queries, 2 + i, args, is_local=True) for i in range(args.local_crops)]
+        small = [view_of(queries, 2 + i, args, is_local=True) for i in range(args.local_crops)]
         query_views.append(torch.cat(small))
     return query_views, key_views, data.to_device(order, images.device)
 
@@ -385,12 +413,12 @@ def put(images, fetched, u):
     """Pixels, shapes and uniform numbers on the device."""
     return *images.put(*fetched), data.to_device(u, images.device)
 
-def augment(images, view, args, is_local=False):
-    """View number `view` of images = (pixels, shapes, uniform numbers)."""
+def view_of(images, number, args, is_local=False):
+    """View `number` of images = (pixels, shapes, uniform numbers)."""
     pixels, shapes, u = images
     size = args.local_size if is_local else args.size
     crop = args.local_scale if is_local else args.crop
-    return data.augment(pixels, u[view], size, crop, args.jitter, args.hue, args.gray, args.blur,
+    return data.augment(pixels, u[number], size, crop, args.jitter, args.hue, args.gray, args.blur,
                         shapes)
 
 def save_views(images, args, path):
@@ -399,7 +427,7 @@ def save_views(images, args, path):
     rows, u, _ = data.schedule(len(images), n, args.seed, 0)
     batch = put(images, images.fetch(rows), u)
     original = data.center(batch[0], args.size, batch[1])
-    grid = torch.stack([original, augment(batch, 0, args), augment(batch, 1, args)]).cpu()
+    grid = torch.stack([original, view_of(batch, 0, args), view_of(batch, 1, args)]).cpu()
     grid = grid.permute(0, 3, 1, 4, 2)  # (3, size, n, size, colors)
     grid = grid * torch.tensor(data.STD) + torch.tensor(data.MEAN)
     grid = grid.mul(255).round().clamp(0, 255).byte().reshape(3 * args.size, n * args.size, 3)
@@ -436,12 +464,17 @@ def build_networks(args, device):
                          f"give --dim {width}")
     return moco, teacher, untrained
 
-def choose_dtype(precision, device):
-    """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16), else float32."""
+def choose_dtype(precision, device, arch):
+    """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16), and for ResNets on
+    CPUs that have it (depthwise convolutions are slower in it there); else float32."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
+    if device.type == "cpu" and arch.startswith("resnet"):
+        features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has no such function
+        if features.get("avx512_bf16"):
+            return torch.bfloat16
     return torch.float32
 
 # --------------------------------------------------------------------------- 7. monitor and report
@@ -597,6 +630,8 @@ def parse(argv):
         "steps, 0.8 under 5,000]")
     add("--queue", type=int, help="keys K in the queue [MoCo: 65536; a tenth of the images, and no "
         "key staler than MoCo's]")
+    add("--in-batch", action=argparse.BooleanOptionalAction, help="the step's other keys are "
+        "negatives, too (SimCLR, MoCo v3) [in runs under 5,000 steps]")
     add("--bn-splits", type=int, help="parts of the shuffled keys for BatchNorm [MoCo: 8; at "
         "least 2, of 64 images or more]")
 
@@ -615,8 +650,8 @@ def parse(argv):
     add("--teacher-temp", type=float, default=0.01, help="temperature of its softmax [0.01]")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", type=float, default=[0.2, 1.0], nargs=2, metavar=("LO", "HI"),
-        help="range of the crop's area [0.2 1]")
+    add("--crop", type=float, nargs=2, metavar=("LO", "HI"),
+        help="range of the crop's area [MoCo: 0.2 1; 0.5 1 under 2,000 steps]")
     add("--jitter", type=float, default=0.4, help="of brightness and the like [0.4; Shi 2022: 0.8]")
     add("--hue", type=float, default=0.1, help="hue jitter in turns [0.1; Shi 2022: 0.4]")
     add("--gray", type=float, default=0.2, help="probability of grayscale [0.2; Shi 2022: 0.5]")
@@ -624,9 +659,11 @@ def parse(argv):
     add("--hide", action="store_true", help="hide-and-seek (Singh & Lee 2017, Shi 2022)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, help="passes over the images [MoCo: 200; for fractals 14]")
+    add("--epochs", type=int, help="passes over the images [MoCo: 200; on a CPU fewer: a first "
+        "result in minutes]")
     add("--steps", type=int, default=0, help="length of the run in steps, instead of --epochs")
-    add("--batch", type=int, help="images a step, over all processes [MoCo: 256; 1/80 of all]")
+    add("--batch", type=int, help="images a step, over all processes [MoCo: 256; 1/80 of all, at "
+        "least 64]")
     add("--lr", type=float, help="of SGD [MoCo: 0.03 per 256 images a step; 0.04 to 5,000 steps]")
     add("--wd", type=float, default=1e-4, help="weight decay [1e-4]")
     add("--warmup", type=float, help="epochs of linear warm-up [MoCo: 0; 2 under 5,000 steps]")
@@ -642,7 +679,8 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of weights, order and views [0]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the networks [bfloat16 on GPUs that have it, else float32; on a T4: float16]")
+        help="of the networks [bfloat16 on GPUs that have it, and for ResNets on such CPUs; else "
+        "float32; on a T4: float16]")
 
     # a recipe, and the flags of a run that goes on, are defaults: what is typed overrides them
     args = parser.parse_args(argv)
@@ -654,16 +692,18 @@ def parse(argv):
             parser.set_defaults(**data.read_json(Path(args.out) / "args.json"))
     return parser.parse_args(argv)
 
-def fill_auto(args, n, world):
+def fill_auto(args, n, world, on_cpu=False):
     """Flags left open, from the number n of images. Each rule may use the flags above it."""
     open_flags = [name for name, value in vars(args).items() if value is None]
     if args.stem is None:
         args.stem = models.default_stem(args.size, args.data)
     if args.batch is None:
-        args.batch = min(max(32, power_of_two(min(256, n // 80))), power_of_two(n // 4))
+        args.batch = min(max(64, power_of_two(min(256, n // 80))), power_of_two(n // 4))
         args.batch = max(2, args.batch // world * world)
     if args.epochs is None:
-        args.epochs = 14 if args.data == "fractals" else 200
+        args.epochs = 200
+        if on_cpu:  # so long as to see 72,000 images: a first result in minutes at 32 pixels
+            args.epochs = max(10, min(200, 72_000 // n))
     epoch_steps = max(1, n // max(1, args.batch))
     args.total_steps = args.steps or args.epochs * epoch_steps
     if args.momentum is None:  # a key encoder that lags far behind in a short run teaches the past
@@ -672,6 +712,10 @@ def fill_auto(args, n, world):
             args.momentum = 0.99
         if args.total_steps < 5_000:
             args.momentum = 0.8
+    if args.in_batch is None:  # see other_keys
+        args.in_batch = args.total_steps < 5_000
+    if args.crop is None:  # two small crops of an image have little in common: that takes long
+        args.crop = [0.5, 1.0] if args.total_steps < 2_000 else [0.2, 1.0]
     if args.queue is None:  # no key staler than MoCo's, of 256 steps at m = 0.999: else queries
         # learn to tell old keys from new ones
         fresh = 1.0001 * 0.256 * args.batch / max(1e-6, 1 - args.momentum)

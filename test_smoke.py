@@ -639,6 +639,28 @@ def test_info_nce_is_cross_entropy(name, N, C, K, temperature):
         assert (x.grad - reference.grad).norm() <= tolerance * (size + reference.grad.norm())
         assert name == "info_nce_plain" or key.grad is None
 
+@pytest.mark.parametrize("name", ["info_nce", "info_nce_plain"])
+def test_in_batch_negatives_are_cross_entropy_over_the_batch(name):
+    for views in (1, 2):  # with --symmetric, both keys of a query's image are not negatives
+        q, queue = unit(8 * views, 16, seed=1), unit(33, 16, seed=3)
+        new_keys = [unit(8, 16, seed=4 + i) for i in range(views)]
+        own = torch.arange(8 * views)
+        keys = torch.cat(new_keys)
+        logits = q @ torch.cat([keys, queue]).T / 0.2
+        logits[own, (own + 8) % 16 if views == 2 else own] += -math.inf if views == 2 else 0
+        x = q.clone().requires_grad_()
+        y = logits.detach().requires_grad_()
+        expected = F.cross_entropy(y, own, reduction="none")
+        expected.sum().backward()
+        fresh = pretrain.other_keys(new_keys, 8, len(q), rank=0)
+        loss, hit = getattr(pretrain, name)(x, keys, queue, 0.2, fresh=fresh)
+        loss.sum().backward()
+        assert torch.allclose(loss, expected, rtol=1e-10)
+        assert torch.allclose(x.grad, y.grad @ torch.cat([keys, queue]) / 0.2, atol=1e-12)
+        assert torch.equal(hit, logits.argmax(1) == own)
+    keys, is_own = pretrain.other_keys([torch.eye(8)], 4, 12, rank=1)  # local views, two processes
+    assert torch.equal(is_own.int().argmax(1), torch.tensor([4, 5, 6, 7] * 3))
+
 def test_info_nce_gradcheck():
     k = unit(5, 16, seed=2)
     queue = unit(33, 16, seed=3)
@@ -798,19 +820,21 @@ def calls_of_a_run(tmp_path, monkeypatch, *flags, steps=1):
 def test_techniques_change_what_their_formula_says(tmp_path, monkeypatch):
     start = partial(calls_of_a_run, tmp_path, monkeypatch)
     calls, plain = start()
-    q, k, queue, temperature, target = calls[0]
+    q, k, queue, temperature, target, fresh = calls[0]
     assert (len(q), temperature, target) == (8, 0.2, None)
+    assert torch.equal(fresh[0], k) and torch.equal(fresh[1], torch.eye(8).bool())
+    assert start("--no-in-batch")[0][0][5] is None
     _, off = start("--smooth", 0, "--local-crops", 0, "--momentum-end", 0.8, "--recipe", "moco-v2")
     for a, b in zip(plain.state_dict().values(), off.state_dict().values()):
         assert torch.equal(a, b)
 
-    q2, k2, queue2, _, _ = start("--symmetric")[0][0]
+    q2, k2, queue2, *_ = start("--symmetric")[0][0]
     assert torch.equal(q2[:8], q) and torch.equal(k2[:8], k) and torch.equal(queue2, queue)
     # before the first update both encoders are one: the views have changed roles
     assert torch.allclose(q2[8:], k2[:8], atol=1e-6)
     assert torch.allclose(k2[8:], q2[:8], atol=1e-6)
 
-    q3, k3, _, _, _ = start("--local-crops", 2, "--local-size", 32)[0][0]
+    q3, k3, *_ = start("--local-crops", 2, "--local-size", 32)[0][0]
     assert torch.equal(q3[:8], q) and torch.equal(k3, k.repeat(3, 1))
     assert len(q3) == 24 and not torch.allclose(q3[8:16], q3[16:])
 
@@ -831,12 +855,12 @@ def test_a_teacher_starts_the_run(tmp_path, monkeypatch):
     calls, _ = calls_of_a_run(tmp_path, monkeypatch, *flags, steps=7)
     net = pretrain.Encoder(*models.read_teacher(tmp_path / "teacher", "plain"))
     images = load(tmp_path / "flat", tmp_path, size=32)[0]
-    for step, (q, z, queue, _, target) in enumerate(calls):
-        assert (target is None) == (step >= 5)
+    for step, (q, z, queue, _, target, fresh) in enumerate(calls):
+        assert (target is None) == (step >= 5) == (fresh is not None)
         if step < 5:
             rows, u, _ = data.schedule(40, 8, 0, step)
             pixels, shapes = images.put(*images.fetch(rows))
-            views = data.augment(pixels, u[0], 32, shapes=shapes)
+            views = data.augment(pixels, u[0], 32, (0.5, 1), shapes=shapes)
             assert torch.allclose(z, net([views]), atol=1e-5)
             assert torch.equal(target, pretrain.teacher_target(z, queue, 0.01))
     same = torch.isclose(calls[5][2][:, None], calls[4][1][None], atol=1e-6).all(2)
@@ -861,15 +885,24 @@ def test_recipes_and_auto_rules(capsys):
         for key, value in flags.items():
             assert getattr(args, key) == (0.3 if key == "temp" else value)
     args = pretrain.parse(["--size", "32"])
-    pretrain.fill_auto(args, 5120, 1)
+    pretrain.fill_auto(args, 5120, 1, on_cpu=True)
     pretrain.check(args, 5120, 1)
     assert (args.batch, args.queue, args.momentum, args.bn_splits) == (64, 128, 0.8, 2)
     assert (args.lr, args.total_steps, args.knn_every, args.warmup) == (0.01, 1120, 2, 2)
+    assert (args.in_batch, args.crop) == (True, [0.5, 1])
     assert "--queue 128" in capsys.readouterr().out
     args = pretrain.parse(["--size", "224", "--data", "imagenet"])
     pretrain.fill_auto(args, 1_281_167, 8)
     assert (args.batch, args.queue, args.momentum) == (256, 65536, 0.999)
     assert (args.bn_splits, args.lr, args.stem, args.warmup) == (8, 0.03, "imagenet", 0)
+    assert (args.in_batch, args.crop) == (False, [0.2, 1])
+
+def test_bfloat16_is_for_dense_networks_on_cpus_that_have_it(monkeypatch):
+    for features, expected in ({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+        assert pretrain.choose_dtype("auto", CPU, "resnet18") == expected
+        assert pretrain.choose_dtype("auto", CPU, "mobilenetv3") == torch.float32
+        assert pretrain.choose_dtype("float32", CPU, "resnet18") == torch.float32
 
 def test_a_run_end_to_end(tmp_path, capsys):
     make_folder(tmp_path / "images/train", per=9)
@@ -1628,7 +1661,7 @@ def test_cuda_speed():
         pretrain.fill_auto(args, 5000, 1)
         moco, _, _ = pretrain.build_networks(args, device)
         optimizer = torch.optim.SGD(moco.parameters(), 0.01, momentum=0.9, fused=True)
-        autocast = torch.autocast("cuda", pretrain.choose_dtype("auto", device))
+        autocast = torch.autocast("cuda", pretrain.choose_dtype("auto", device, arch))
         scaler = torch.amp.GradScaler("cuda", enabled=False)
 
         def step(i):

@@ -635,6 +635,12 @@ def mean_over_processes(x):
         x /= dist.get_world_size()
     return x
 
+def share_buffers(net):
+    """All processes take the first one's buffers: each has BatchNorm statistics of its own."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
 def print0(line):
     """Print, on the first process only."""
     if rank_world()[0] == 0:

@@ -253,9 +253,9 @@ def train(net, head, images, rows, args, crop, finetune):
         if progress.due():
             progress.show(step + 1, f"epoch {step // epoch_steps + 1}/{args.epochs}  "
                                     f"loss {loss.item():.3f}")
-    if finetune and world > 1:  # the first process's BatchNorm statistics
-        for buffer in [*net.buffers(), *head.buffers()]:
-            dist.broadcast(buffer, 0)
+    if finetune:
+        data.share_buffers(net)
+        data.share_buffers(head)
     net.eval()
 
 def finetuned(net, images, rows, x, weight, bias, args):

@@ -149,6 +149,7 @@ def train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, ste
             moco.update_key_encoder(m)
             new_keys = [moco.encode_keys(view, order) for view in key_views]
             own_keys = [keys[rank * n:(rank + 1) * n] for keys in new_keys]
+    new_keys = torch.cat(new_keys)
     k = torch.cat(own_keys + [own_keys[0]] * args.local_crops)  # each local view has the first key
 
     target = None
@@ -158,14 +159,14 @@ def train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, ste
         target = smooth_target(q.detach(), k, moco.queue, args.smooth, args.smooth_k)
     fresh = None
     if args.in_batch and not is_distilling:
-        fresh = other_keys(new_keys, n, len(q), rank)
+        fresh = other_keys(new_keys, len(q), n, rank, world)
     loss, hit = info_nce(q, k, moco.queue, args.temp, target, fresh)
 
     scaler.scale(loss.mean()).backward()  # scales for float16 alone
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    moco.enqueue(torch.cat(new_keys), step)
+    moco.enqueue(new_keys, step)
     full_size = n * len(key_views)  # queries that are no local views
     return mean_over_processes(torch.stack([loss.detach().mean(), hit[:full_size].float().mean()]))
 
@@ -269,10 +270,7 @@ def softmax_over_keys(q, k, queue, temperature, fresh=None):
     if fresh is not None:
         keys, is_own = fresh
         logits = torch.addmm(-base[:, None], q, keys.T, alpha=scale).masked_fill_(is_own, -math.inf)
-        top = torch.maximum(top, logits.amax(1))
-        weights = logits.exp_()
-        total += weights.sum(1)
-        weighted.addmm_(weights, keys)
+        add_to_sums(total, weighted, top, logits, keys)
     own_weight = (own - base).exp()  # 1, unless the bound holds
     total = total + own_weight
     mean = (weighted + own_weight[:, None] * k) / total[:, None]
@@ -290,11 +288,15 @@ def sums_over_queue(q, queue, scale, base):
     top = torch.full_like(base, -math.inf)
     for keys in queue.split(max(128, 2 ** 18 // len(q))):  # blocks of logits that stay in the cache
         logits = torch.addmm(-base[:, None], q, keys.T, alpha=scale)
-        top = torch.maximum(top, logits.amax(1))
-        weights = logits.exp_()
-        total += weights.sum(1)
-        weighted.addmm_(weights, keys)
+        add_to_sums(total, weighted, top, logits, keys)
     return total, weighted, top
+
+def add_to_sums(total, weighted, top, logits, keys):
+    """Take keys (M, C) and their logits (N, M) minus base into the sums, all in place."""
+    torch.maximum(top, logits.amax(1), out=top)
+    weights = logits.exp_()
+    total += weights.sum(1)
+    weighted.addmm_(weights, keys)
 
 triton = None
 if "TRITON_INTERPRET" in os.environ or (
@@ -353,15 +355,14 @@ def fused_sums(q, queue, scale, base, part=1024):
         WIDTH=width, ROWS=rows, KEYS=rows, PART=part)
     return total.sum(0), weighted.sum(0), top.amax(0)
 
-def other_keys(new_keys, n, queries, rank):
+def other_keys(keys, queries, n, rank, world):
     """In-batch negatives: the keys of this step, and which are of a query's own image (N, M).
 
     All keys of the queue are older than a query's own key. Where the encoder moves fast, at the
     start and in short runs, age tells them apart, and the network learns that first. Keys of other
     images as fresh as the own one (SimCLR, MoCo v3) leave nothing to learn from age.
     """
-    keys = torch.cat(new_keys)
-    image_of_key = torch.arange(len(keys), device=keys.device) % (len(keys) // len(new_keys))
+    image_of_key = torch.arange(len(keys), device=keys.device) % (n * world)
     image_of_query = rank * n + torch.arange(queries, device=keys.device) % n
     return keys, image_of_query[:, None] == image_of_key
 
@@ -481,9 +482,7 @@ def choose_dtype(precision, device, arch):
 
 def monitor(moco, train, test, args):
     """What `judge` says of the backbone while it trains."""
-    if dist.is_initialized():  # each process has BatchNorm statistics of its own: take the first's
-        for buffer in moco.encoder_q.buffers():
-            dist.broadcast(buffer, 0)
+    data.share_buffers(moco.encoder_q)
     moco.eval()
     data.allow_tf32(False)
     measures = judge(moco.encoder_q.backbone, train, test, args)
@@ -706,14 +705,15 @@ def fill_auto(args, n, world, on_cpu=False):
             args.epochs = max(10, min(200, 72_000 // n))
     epoch_steps = max(1, n // max(1, args.batch))
     args.total_steps = args.steps or args.epochs * epoch_steps
+    is_short = args.total_steps < 5_000
     if args.momentum is None:  # a key encoder that lags far behind in a short run teaches the past
         args.momentum = 0.999
         if args.total_steps < 100_000:
             args.momentum = 0.99
-        if args.total_steps < 5_000:
+        if is_short:
             args.momentum = 0.8
     if args.in_batch is None:  # see other_keys
-        args.in_batch = args.total_steps < 5_000
+        args.in_batch = is_short
     if args.crop is None:  # two small crops of an image have little in common: that takes long
         args.crop = [0.5, 1.0] if args.total_steps < 2_000 else [0.2, 1.0]
     if args.queue is None:  # no key staler than MoCo's, of 256 steps at m = 0.999: else queries
@@ -727,10 +727,10 @@ def fill_auto(args, n, world, on_cpu=False):
             if args.batch % splits == 0:
                 args.bn_splits = splits
     if args.lr is None:
-        args.lr = (0.04 if args.total_steps < 5_000 else 0.03) * args.batch / 256
+        args.lr = (0.04 if is_short else 0.03) * args.batch / 256
     if args.warmup is None:
         args.warmup = 0
-        if args.total_steps < 5_000:  # a network that outruns its keys has no time to recover
+        if is_short:  # a network that outruns its keys has no time to recover
             args.warmup = min(2, args.total_steps / epoch_steps / 7)
     if args.knn_every is None:
         args.knn_every = max(1, args.total_steps // epoch_steps // 5)

@@ -204,7 +204,6 @@ def tsne(x, perplexity=30, steps=1000):
 # --------------------------------------------------------------------------------- 4. the pictures
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")  # Okabe, Ito
-SHOWN = 14  # so many classes have a color and a shape of their own
 ZOOM = 2  # pictures are drawn twice as large, then shrunk
 SIDE = 400  # of a panel
 
@@ -240,10 +239,9 @@ class Sheet:
         return ZOOM * (self.left + 320 * x), ZOOM * (self.top + 310 * (1 - y))
 
     def dot(self, x, y, kind, radius=3):
-        """At pixels x, y, in the color and shape of class `kind`."""
+        """At pixels x, y, in the color of class `kind`."""
         r = ZOOM * radius
-        shape = self.draw.ellipse if kind < len(COLORS) else self.draw.rectangle
-        shape((x - r, y - r, x + r, y + r), COLORS[kind % len(COLORS)])
+        self.draw.ellipse((x - r, y - r, x + r, y + r), COLORS[kind % len(COLORS)])
 
     def line(self, points, color, width=2):
         self.draw.line([self.at(p) for p in points], color, ZOOM * width, joint="curve")
@@ -260,9 +258,9 @@ class Sheet:
 def draw_space(samples, classes, path):
     """t-SNE and PCA of the originals by class; below, the originals of a class and their views."""
     sheet = Sheet(SIDE * len(samples) + 140, SIDE * 3)
-    shown = classes[:SHOWN]
+    shown = classes[:len(COLORS)]
     for column, (name, s) in enumerate(samples.items()):
-        rows = (s["y"] < SHOWN).nonzero()[:700, 0]
+        rows = (s["y"] < len(COLORS)).nonzero()[:700, 0]
         for row, (method, project) in enumerate({"t-SNE": tsne, "PCA": pca}.items()):
             p = project(unit(s["o"][rows])).numpy()
             sheet.panel(column, row, p, f"{name}: {method}, {len(shown)} of {len(classes)} classes")
@@ -326,7 +324,12 @@ def draw_neighbours(samples, train, held, path, cell=64):
     sheet.save(path)
 
 def draw_curves(logs, path):
-    """Loss, instance accuracy and kNN (without labels: uniformity) by epoch, of runs' logs."""
+    """Loss, instance accuracy and kNN (without labels: uniformity) by epoch, of runs' logs.
+
+    Runs named NAME-seed0, NAME-seed1 .. share a color.
+    """
+    groups = [name.split("-seed")[0] for name in logs]
+    kinds = list(dict.fromkeys(groups))
     keys = [key for key in ("loss", "instance_accuracy", "knn", "uniformity")
             if any(key in entry for log in logs.values() for entry in log)]
     sheet = Sheet(SIDE * len(keys), SIDE)
@@ -335,9 +338,9 @@ def draw_curves(logs, path):
                   for log in logs.values()]
         points = [point for curve in curves for point in curve]
         sheet.panel(column, 0, points, key.replace("_", " "), "epoch")
-        for i, curve in enumerate(curves):
-            sheet.line(curve, COLORS[i % len(COLORS)])
-    sheet.legend(logs, 90, SIDE - 100 - 17 * len(logs))
+        for group, curve in zip(groups, curves):
+            sheet.line(curve, COLORS[kinds.index(group) % len(COLORS)])
+    sheet.legend(kinds, 90, SIDE - 100 - 17 * len(kinds))
     sheet.save(path)
 
 # -------------------------------------------------------------------------------------- 5. the run

@@ -400,12 +400,13 @@ def median_side(files):
 def decoded(files, classes, side, folder, source, device):
     """The Images of `files`, (path, class name) each, decoded into a file in `folder` at first.
 
-    That file's name has a fingerprint of the names, sizes and times of `files`. Unreadable ones are
-    left out. Of processes that want the same file, one makes it and the others wait.
+    That file's name has a fingerprint of the names in `source`, sizes and times of `files`.
+    Unreadable ones are left out. Of processes that want the same file, one makes it and the others
+    wait.
     """
     fingerprint = hashlib.sha1()
     for path, _ in files:
-        fingerprint.update(os.fsencode(path))
+        fingerprint.update(os.fsencode(path.removeprefix(str(source))))
         try:
             status = os.stat(path)
         except OSError:  # a link to nowhere

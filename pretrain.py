@@ -68,7 +68,7 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         for layer in self.encoder_k.modules():
             if isinstance(layer, nn.BatchNorm2d):
-                layer.__class__ = SplitBatchNorm
+                layer.__class__ = SplitBatchNorm  # the same weights under the same names
                 layer.splits = splits
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
 
@@ -189,6 +189,7 @@ def main(argv=None):
     moco, teacher, untrained = build_networks(args, device)
     encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
     dtype = choose_dtype(args.precision, device, args.arch)
+    # not fused in float16: torch's momentum is garbage after a first step that overflows
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), args.lr, 0.9, weight_decay=args.wd,
                                 fused=device.type != "mps" and dtype != torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -198,10 +199,8 @@ def main(argv=None):
     out, first, log, sums = start_or_resume(args, moco, optimizer, scaler, train)
     print0(f"{args.arch} on {world} x {device.type}: {len(train):,} images at {args.size} pixels, "
            f"steps {first:,} to {steps:,} of {args.batch} images, in {out}")
-    negatives = args.queue + args.in_batch * (1 + args.symmetric) * (args.batch - 1)
     print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while real "
-           "keys take the place of the random ones that the queue starts with, towards "
-           f"ln(1 + {negatives:,} negatives) = {math.log(1 + negatives):.2f}; then it should fall.")
+           "keys take the place of the random ones in the queue; then it should fall.")
 
     moco.train()
     data.allow_tf32(True)
@@ -256,12 +255,12 @@ def main(argv=None):
 # ------------------------------------ 4. details of the loss: the sum over the queue, soft targets
 
 def softmax_over_keys(q, k, queue, temperature, fresh=None):
-    """Softmax over [own key, all keys of the queue, fresh ones] for q, k (N, C), queue (K, C) ->
+    """The softmax of q over [k, the queue, fresh keys]: q, k (N, C), queue (K, C), `fresh` as above.
 
-    mean key under it (N, C); log-sum-exp of the logits minus the own one (N,); is the own key
-    nearer than all others (N,). Rows have length one, so no logit exceeds 1 / T: with the own logit
-    (or, for T under 1/40, a bound) taken off, exp needs no running maximum, and all is a sum over
-    the queue.
+    -> the mean key under it (N, C); log-sum-exp of the logits minus the own one (N,); is the own
+    key nearer than all others (N,). Rows have length one, so no logit exceeds 1 / T: with the own
+    logit (or, for T under 1/40, a bound) taken off, exp needs no running maximum, and all is a sum
+    over the queue.
     """
     scale = 1 / temperature
     own = scale * (q * k).sum(1)
@@ -493,8 +492,9 @@ def monitor(moco, train, test, args):
 def judge(network, train, test, args, probe=False):
     """kNN and, with `probe`, linear accuracy in % of a network's features on held-out images.
 
-    It trains on at most 50,000 images, 10,000 on a CPU. Without labels: alignment and uniformity of
-    two views, drawn as in training, of up to 2,000 images; lower is better, of both together.
+    Neighbours and probe come from at most 50,000 training images, 10,000 on a CPU. Without labels:
+    alignment and uniformity of two views, drawn as in training, of up to 2,000 images; lower is
+    better, of both together.
     """
     if test is None:
         rows = torch.randperm(len(train), generator=data.seeded("apart"))[:2000]
@@ -718,14 +718,14 @@ def fill_auto(args, n, world, on_cpu=False):
         args.crop = [0.5, 1.0] if args.total_steps < 2_000 else [0.2, 1.0]
     if args.queue is None:  # no key staler than MoCo's, of 256 steps at m = 0.999: else queries
         # learn to tell old keys from new ones
-        fresh = 1.0001 * 0.256 * args.batch / max(1e-6, 1 - args.momentum)
         keys = 2 * args.batch if args.symmetric else args.batch
-        args.queue = min(n, max(2 * keys, power_of_two(min(65536, n // 10, fresh))))
+        steps = round(0.256 / max(1e-6, 1 - args.momentum), 3)
+        longest = power_of_two(min(65536, n // 10, steps * args.batch))
+        args.queue = min(n, max(2 * keys, longest))
     if args.bn_splits is None:  # MoCo's 8, but parts of at least 64 images, and at least 2 parts
-        args.bn_splits = world
-        for splits in range(world, max(2, world, min(8, args.batch // 64)) + 1, world):
-            if args.batch % splits == 0:
-                args.bn_splits = splits
+        most = max(2, world, min(8, args.batch // 64))
+        fitting = [i for i in range(world, most + 1, world) if args.batch % i == 0]
+        args.bn_splits = max(fitting, default=world)
     if args.lr is None:
         args.lr = (0.04 if is_short else 0.03) * args.batch / 256
     if args.warmup is None:

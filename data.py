@@ -590,12 +590,13 @@ def start(name):
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
+    if name == "cuda":  # each process its own; touching the first one would take memory there
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     elif device.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):

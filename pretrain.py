@@ -121,8 +121,8 @@ def info_nce(q, k, queue, temperature, target=None, fresh=None):
     """
     with torch.no_grad():
         target = k if target is None else target
-        mean, excess, hit = softmax_over_keys(q, k, queue, temperature, fresh)
-        loss = excess + (q * (k - target)).sum(1) / temperature
+        mean, loss, hit = softmax_over_keys(q, k, queue, temperature, fresh)
+        loss += (q * (k - target)).sum(1) / temperature
         gradient = (mean - target) / temperature
     zero = ((q - q.detach()) * gradient).sum(1)  # but it has that gradient
     return loss + zero, hit
@@ -258,40 +258,35 @@ def softmax_over_keys(q, k, queue, temperature, fresh=None):
     """The softmax of q over [k, the queue, fresh keys]: q, k (N, C), queue (K, C), `fresh` as above.
 
     -> the mean key under it (N, C); log-sum-exp of the logits minus the own one (N,); is the own
-    key nearer than all others (N,). Rows have length one, so no logit exceeds 1 / T: with the own
-    logit (or, for T under 1/40, a bound) taken off, exp needs no running maximum, and all is a sum
-    over the queue.
+    key nearer than all others (N,). Relative to the own logit all is a sum over the queue, and exp
+    needs no running maximum: rows have length one, so no logit is above 2 / T, exp(80) at T 1/40.
     """
-    scale = 1 / temperature
-    own = scale * (q * k).sum(1)
-    base = own.clamp(min=scale - 80)  # exp(80) fits float32
-    total, weighted, top = sums_over_queue(q, queue, scale, base)
+    own = (q * k).sum(1) / temperature
+    total, weighted, top = sums_over_queue(q, queue, 1 / temperature, own)
     if fresh is not None:
         keys, is_own = fresh
-        logits = torch.addmm(-base[:, None], q, keys.T, alpha=scale).masked_fill_(is_own, -math.inf)
-        add_to_sums(total, weighted, top, logits, keys)
-    own_weight = (own - base).exp()  # 1, unless the bound holds
-    total = total + own_weight
-    mean = (weighted + own_weight[:, None] * k) / total[:, None]
-    return mean, total.log() + base - own, top < own - base
+        logits = torch.addmm(-own[:, None], q, keys.T, alpha=1 / temperature)
+        add_to_sums(total, weighted, top, logits.masked_fill_(is_own, -math.inf), keys)
+    mean = (weighted + k) / (1 + total)[:, None]  # the own key's weight is exp(0)
+    return mean, total.log1p(), top < 0
 
-def sums_over_queue(q, queue, scale, base):
-    """With w_ij = exp(scale q_i.u_j - base_i) over the keys u_j of the queue (K, C):
+def sums_over_queue(q, queue, scale, own):
+    """With w_ij = exp(scale q_i.u_j - own_i) over the keys u_j of the queue (K, C):
 
-    sum_j w_ij (N,); sum_j w_ij u_j (N, C); the largest logit minus base (N,).
+    sum_j w_ij (N,); sum_j w_ij u_j (N, C); the largest logit minus the own one (N,).
     """
-    if triton is not None and q.is_cuda:
-        return fused_sums(q, queue, scale, base)
-    total = torch.zeros_like(base)
+    if triton is not None and q.is_cuda and q.shape[1] <= 1024:  # wider, it needs too much memory
+        return fused_sums(q, queue, scale, own)
+    total = torch.zeros_like(own)
     weighted = torch.zeros_like(q)
-    top = torch.full_like(base, -math.inf)
+    top = torch.full_like(own, -math.inf)
     for keys in queue.split(max(128, 2 ** 18 // len(q))):  # blocks of logits that stay in the cache
-        logits = torch.addmm(-base[:, None], q, keys.T, alpha=scale)
+        logits = torch.addmm(-own[:, None], q, keys.T, alpha=scale)
         add_to_sums(total, weighted, top, logits, keys)
     return total, weighted, top
 
 def add_to_sums(total, weighted, top, logits, keys):
-    """Take keys (M, C) and their logits (N, M) minus base into the sums, all in place."""
+    """Take keys (M, C) and their logits (N, M) minus the own one into the sums, all in place."""
     torch.maximum(top, logits.amax(1), out=top)
     weights = logits.exp_()
     total += weights.sum(1)
@@ -311,7 +306,7 @@ if "TRITON_INTERPRET" in os.environ or (
 
 if triton is not None:
     @triton.jit
-    def queue_kernel(q_ptr, queue_ptr, base_ptr, total_ptr, weighted_ptr, top_ptr, N, K, C, scale,
+    def queue_kernel(q_ptr, queue_ptr, own_ptr, total_ptr, weighted_ptr, top_ptr, N, K, C, scale,
                      WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
                      PART: tl.constexpr):
         # one program: ROWS queries, and a PART of the queue in blocks of KEYS
@@ -321,7 +316,7 @@ if triton is not None:
         at = rows[:, None] * C + columns
         exists = (rows[:, None] < N) & (columns < C)
         q = tl.load(q_ptr + at, mask=exists, other=0.0)
-        base = tl.load(base_ptr + rows, mask=rows < N, other=0.0)
+        own = tl.load(own_ptr + rows, mask=rows < N, other=0.0)
         total = tl.zeros([ROWS], tl.float32)
         weighted = tl.zeros([ROWS, WIDTH], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -329,28 +324,33 @@ if triton is not None:
             number = part * PART + start + tl.arange(0, KEYS)
             keys = tl.load(queue_ptr + number[:, None] * C + columns,
                            mask=(number[:, None] < K) & (columns < C), other=0.0)
-            logits = tl.dot(q, tl.trans(keys)) * scale - base[:, None]
+            logits = tl.dot(q, tl.trans(keys)) * scale - own[:, None]
             logits = tl.where(number[None, :] < K, logits, float("-inf"))
-            weights = tl.exp(logits)
-            total += tl.sum(weights, 1)
-            weighted += tl.dot(weights.to(keys.dtype), keys)
-            top = tl.maximum(top, tl.max(logits, 1))
+            # float16 holds weights up to 65504: those of the sums so far are relative to the top
+            new_top = tl.maximum(top, tl.max(logits, 1))
+            shrink = tl.exp(top - new_top)
+            weights = tl.exp(logits - new_top[:, None])
+            total = total * shrink + tl.sum(weights, 1)
+            weighted = weighted * shrink[:, None] + tl.dot(weights.to(keys.dtype), keys)
+            top = new_top
+        total *= tl.exp(top)
+        weighted *= tl.exp(top)[:, None]
         # each part has a place of its own: no order of additions is left to chance
         tl.store(total_ptr + part * N + rows, total, mask=rows < N)
         tl.store(top_ptr + part * N + rows, top, mask=rows < N)
         tl.store(weighted_ptr + part * N * C + at, weighted, mask=exists)
 
-def fused_sums(q, queue, scale, base, part=1024):
+def fused_sums(q, queue, scale, own, part=1024):
     """sums_over_queue as one Triton kernel: float16 operands, float32 sums."""
     n, c = q.shape
     parts = triton.cdiv(len(queue), part)
-    total = base.new_empty(parts, n)
-    top = base.new_empty(parts, n)
-    weighted = base.new_empty(parts, n, c)
+    total = own.new_empty(parts, n)
+    top = own.new_empty(parts, n)
+    weighted = own.new_empty(parts, n, c)
     width = max(16, triton.next_power_of_2(c))
     rows = max(16, min(64, 8192 // width))
     queue_kernel[(triton.cdiv(n, rows), parts)](
-        q.half().contiguous(), queue.half(), base, total, weighted, top, n, len(queue), c, scale,
+        q.half().contiguous(), queue.half(), own, total, weighted, top, n, len(queue), c, scale,
         WIDTH=width, ROWS=rows, KEYS=rows, PART=part)
     return total.sum(0), weighted.sum(0), top.amax(0)
 
@@ -765,8 +765,8 @@ def check(args, n, world):
     if splits < 1 or args.batch % splits != 0 or splits % world != 0 or args.batch < 2 * splits:
         raise InputError(f"--bn-splits {splits}: must divide --batch {args.batch} into parts of 2 "
                          f"or more, the same number on each of {world} processes")
-    if args.temp < 0.0125:
-        raise InputError(f"--temp {args.temp}: must be 0.0125 or more; 0.05 to 0.5 is usual")
+    if args.temp < 0.025:  # see softmax_over_keys
+        raise InputError(f"--temp {args.temp}: must be 0.025 or more; 0.05 to 0.5 is usual")
     for flag, low, high in (("momentum", 0, 1), ("momentum_end", 0, 1), ("smooth", 0, 0.999),
                             ("smooth_k", 1, args.queue), ("local_crops", 0, 99),
                             ("local_size", 8, 4096), ("teacher_temp", 1e-4, 99), ("jitter", 0, 99),

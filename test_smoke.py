@@ -621,7 +621,7 @@ def embeddings(N, C, K):
     hard[:] = F.normalize(q[:1] + 0.5 * hard, dim=1)
     return q.float(), k.float(), queue.float()
 
-@pytest.mark.parametrize("temperature", [0.0125, 0.05, 0.2, 1.0])
+@pytest.mark.parametrize("temperature", [0.025, 0.05, 0.2, 1.0])
 @pytest.mark.parametrize("N,C,K", [(1, 32, 1), (3, 128, 7), (64, 128, 4096), (300, 256, 1021)])
 @pytest.mark.parametrize("name", ["info_nce", "info_nce_plain"])
 def test_info_nce_is_cross_entropy(name, N, C, K, temperature):
@@ -711,6 +711,7 @@ def check_kernel(device):
     for N, C, K, T in ((1, 100, 1009, 0.1), (70, 128, 2048, 0.2), (5, 64, 777, 0.03),
                        (33, 512, 64, 1)):
         q, k, queue = (x.half().float() for x in embeddings(N, C, K))
+        queue[0] = q[-1]  # far nearer than its own key: exp(their difference) is no float16
         reference = q.double().requires_grad_()
         expected, hits = cross_entropy(reference, k.double(), queue.double(), T)
         expected.sum().backward()

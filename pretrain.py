@@ -255,11 +255,11 @@ def main(argv=None):
 # ------------------------------------ 4. details of the loss: the sum over the queue, soft targets
 
 def softmax_over_keys(q, k, queue, temperature, fresh=None):
-    """The softmax of q over [k, the queue, fresh keys]: q, k (N, C), queue (K, C), `fresh` as above.
+    """The softmax of q over [k, queue, fresh keys]: q, k (N, C), queue (K, C), `fresh` as above.
 
     -> the mean key under it (N, C); log-sum-exp of the logits minus the own one (N,); is the own
     key nearer than all others (N,). Relative to the own logit all is a sum over the queue, and exp
-    needs no running maximum: rows have length one, so no logit is above 2 / T, exp(80) at T 1/40.
+    needs no running maximum: rows have length one, so that is at most 2 / T, 80 at T 1/40.
     """
     own = (q * k).sum(1) / temperature
     total, weighted, top = sums_over_queue(q, queue, 1 / temperature, own)
@@ -275,7 +275,7 @@ def sums_over_queue(q, queue, scale, own):
 
     sum_j w_ij (N,); sum_j w_ij u_j (N, C); the largest logit minus the own one (N,).
     """
-    if triton is not None and q.is_cuda and q.shape[1] <= 1024:  # wider, it needs too much memory
+    if triton is not None and q.is_cuda and q.shape[1] <= 1024:  # wider, it takes much memory
         return fused_sums(q, queue, scale, own)
     total = torch.zeros_like(own)
     weighted = torch.zeros_like(q)

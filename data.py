@@ -274,10 +274,10 @@ def to_device(x, device):
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
-def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
+def load(name, root="data", size=None, keep=None, device=torch.device("cpu"), most=224):
     """--data `name` -> train Images; held-out Images, None without labels; the side of a view.
 
-    A `size` of None is picked from the images. `keep` is the side at which a folder's images are
+    A `size` of None is that of the images, for a folder's at `most` so many pixels. `keep` is the side at which a folder's images are
     stored. Raises InputError for what is not there or cannot be read.
     """
     if name == "fractals":
@@ -288,7 +288,7 @@ def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
         sets = [torchvision_set(name, root, "train"), torchvision_set(name, root, "test")]
         size = size or sets[0][0].shape[-1]
     else:
-        return load_folder(Path(name), Path(root), size, keep, device)
+        return load_folder(Path(name), Path(root), size, keep, device, most)
     images = []
     for pixels, labels, classes in sets:
         shapes = torch.full((len(labels), 2), float(pixels.shape[-1]))
@@ -312,7 +312,7 @@ def torchvision_set(name, root, split):
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
     return pixels, images.targets, list(images.classes)
 
-def load_folder(folder, root, size, keep, device):
+def load_folder(folder, root, size, keep, device, most):
     """Folders train/CLASS/* with val/ or test/ beside them, or CLASS/*, or images without labels.
 
     Without val/ or test/ every tenth labelled image is held out; without labels none is.
@@ -339,7 +339,7 @@ def load_folder(folder, root, size, keep, device):
             raise InputError(f"--data {path}: its class {name!r} is not in {inner}")
 
     side = median_side(train)
-    size = size or min(224, max(32, side // 32 * 32))
+    size = size or min(most, max(32, side // 32 * 32))
     keep = keep or min(max(size, side), size * 3 // 2)  # a reserve: few crops are enlarged
     images = []
     for files in (train, test):

@@ -401,7 +401,7 @@ def add_common_flags(parser):
     add("--keep", type=int, help="side at which a folder's images are stored [as for pretraining]")
     add("--arch", help=f"[the checkpoint's] {', '.join(models.ARCHS)}")
     add("--stem", choices=["imagenet", "small"],
-        help="[the checkpoint's; small up to 64 pixels, but not for fractals]")
+        help="[the checkpoint's; small up to 64 pixels, but not on a CPU]")
     add("--out", help="folder of the results [beside the checkpoint]")
     add("--seed", type=int, default=0, help="of random weights, subsets and crops [0]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
@@ -429,7 +429,7 @@ def read_checkpoint(name, args):
 def load_network(state, args, device):
     """The network of a checkpoint, or the random one that a run with this seed starts from."""
     if args.stem is None:
-        args.stem = models.default_stem(args.size, args.data)
+        args.stem = models.default_stem(args.size, device.type == "cpu")
     torch.manual_seed(args.seed)
     net = models.build(args.arch, args.stem)
     if state is not None:

@@ -178,7 +178,8 @@ def main(argv=None):
     rank, world = rank_world()
 
     # images, and the flags that follow from their number
-    train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device)
+    most = 64 if device.type == "cpu" else 224  # pixels, where --size is left open
+    train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device, most)
     fill_auto(args, len(train), world, device.type == "cpu")
     check(args, len(train), world)
     epoch_steps = len(train) // args.batch
@@ -611,13 +612,14 @@ def parse(argv):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="fractals", help="fractals, cifar10, cifar100, stl10, or a folder")
     add("--root", default="data", help="folder of downloaded and decoded data sets [data]")
-    add("--size", type=int, help="side of a view [the images' shorter side, at most 224]")
+    add("--size", type=int, help="side of a view [the images' shorter side, at most 224, on a "
+        "CPU 64]")
     add("--keep", type=int, help="side at which a folder's images are stored [theirs, from --size "
         "to 1.5 --size]")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="mobilenetv3", help=", ".join(models.ARCHS))
-    add("--stem", help="imagenet, or small (stride 1) [small to 64 pixels, not for fractals]")
+    add("--stem", help="imagenet, or small (stride 1) [small to 64 pixels, not on a CPU]")
     add("--head", default="simple", help="linear, simple, wide, deep, dropout, or a hidden width "
         "[simple; Shi 2022: wide]")
     add("--dim", type=int, default=128, help="width C of the embedding [128]")
@@ -695,14 +697,15 @@ def fill_auto(args, n, world, on_cpu=False):
     """Flags left open, from the number n of images. Each rule may use the flags above it."""
     open_flags = [name for name, value in vars(args).items() if value is None]
     if args.stem is None:
-        args.stem = models.default_stem(args.size, args.data)
+        args.stem = models.default_stem(args.size, on_cpu)
     if args.batch is None:
         args.batch = min(max(64, power_of_two(min(256, n // 80))), power_of_two(n // 4))
         args.batch = max(2, args.batch // world * world)
     if args.epochs is None:
         args.epochs = 200
-        if on_cpu:  # so long as to see 72,000 images: a first result in minutes at 32 pixels
-            args.epochs = max(10, min(200, 72_000 // n))
+        if on_cpu:  # a first result in minutes
+            images = 72_000 if args.data == "fractals" else 6_000_000 // args.size
+            args.epochs = max(10, min(200, images // n))
     epoch_steps = max(1, n // max(1, args.batch))
     args.total_steps = args.steps or args.epochs * epoch_steps
     is_short = args.total_steps < 5_000

@@ -483,6 +483,9 @@ def test_folders(tmp_path, capsys):
     assert capsys.readouterr().out == ""  # decoded and told once
     train, test, _ = load(tmp_path / "classes", tmp_path)
     assert (len(train), len(test)) == (27, 3)
+    for most, expected in (224, 96), (64, 64):
+        make_folder(tmp_path / f"large{most}", classes=(".",), side=100, per=1)
+        assert load(tmp_path / f"large{most}", tmp_path, most=most)[2] == expected
     for name in ("flat", "nested"):
         train, test, _ = load(tmp_path / name, tmp_path)
         assert len(train) == 8 and test is None
@@ -894,8 +897,15 @@ def test_recipes_and_auto_rules(capsys):
     pretrain.check(args, 5120, 1)
     assert (args.batch, args.queue, args.momentum, args.bn_splits) == (64, 128, 0.8, 2)
     assert (args.lr, args.total_steps, args.knn_every, args.warmup) == (0.01, 1120, 2, 2)
-    assert (args.in_batch, args.crop) == (True, [0.5, 1])
+    assert (args.in_batch, args.crop, args.stem) == (True, [0.5, 1], "imagenet")
     assert "--queue 128" in capsys.readouterr().out
+    for size, epochs in (32, 75), (64, 37):  # a CPU's minutes
+        args = pretrain.parse(["--size", str(size), "--data", "folder"])
+        pretrain.fill_auto(args, 2500, 1, on_cpu=True)
+        assert (args.epochs, args.stem) == (epochs, "imagenet")
+    args = pretrain.parse(["--size", "32", "--data", "folder"])
+    pretrain.fill_auto(args, 2500, 1)
+    assert (args.epochs, args.stem) == (200, "small")
     args = pretrain.parse(["--size", "224", "--data", "imagenet"])
     pretrain.fill_auto(args, 1_281_167, 8)
     assert (args.batch, args.queue, args.momentum) == (256, 65536, 0.999)

@@ -277,8 +277,9 @@ def to_device(x, device):
 def load(name, root="data", size=None, keep=None, device=torch.device("cpu"), most=224):
     """--data `name` -> train Images; held-out Images, None without labels; the side of a view.
 
-    A `size` of None is that of the images, for a folder's at `most` so many pixels. `keep` is the side at which a folder's images are
-    stored. Raises InputError for what is not there or cannot be read.
+    A `size` of None is the images' own, for a folder at `most` so many pixels. `keep` is the side
+    at which a folder's images are stored. Raises InputError for what is not there or cannot be
+    read.
     """
     if name == "fractals":
         size = size or 32

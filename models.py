@@ -275,6 +275,18 @@ def initialize(module):
             nn.init.zeros_(layer.bias)
     return module
 
+def start_as_identity(net):
+    """Zero the last BatchNorm weight of each block that has a shortcut, in place: at first only the
+    shortcuts let anything through, and a deep network starts as a shallow one (Goyal et al. 2017,
+    section 5.1)."""
+    for block in net.modules():
+        if isinstance(block, BasicBlock):
+            nn.init.zeros_(block.bn2.weight)
+        elif isinstance(block, Bottleneck):
+            nn.init.zeros_(block.bn3.weight)
+        elif isinstance(block, InvertedResidual) and block.has_shortcut:
+            nn.init.zeros_(block.block[-1][1].weight)
+
 HEADS = ("linear", "simple", "wide", "deep", "dropout")
 
 def make_head(kind, d, c=128):

@@ -448,6 +448,8 @@ def build_networks(args, device):
     """MoCo, the teacher or None, and the backbone as it was drawn, all on the device."""
     backbone = models.build(args.arch, args.stem, args.size)
     untrained = copy.deepcopy(backbone).eval().to(device, memory_format=torch.channels_last)
+    if args.zero_init:
+        models.start_as_identity(backbone)
     if args.init is not None:
         weights, info = models.read_backbone(args.init, args.arch)
         try:
@@ -630,6 +632,8 @@ def parse(argv):
         "[simple; Shi 2022: wide]")
     add("--dim", type=int, default=128, help="width C of the embedding [128]")
     add("--init", help="start from the backbone of this checkpoint [random weights]")
+    add("--zero-init", action=argparse.BooleanOptionalAction, help="residual blocks start as the "
+        "identity (Goyal 2017) [in runs under 5,000 steps]")
 
     add = parser.add_argument_group("contrast").add_argument
     add("--temp", type=float, default=0.2, help="temperature T [0.2; Shi 2022: 0.1]")
@@ -723,6 +727,8 @@ def fill_auto(args, n, world, on_cpu=False):
             args.momentum = 0.99
         if is_short:
             args.momentum = 0.8
+    if args.zero_init is None:  # see models.start_as_identity
+        args.zero_init = is_short
     if args.in_batch is None:  # see other_keys
         args.in_batch = is_short
     if args.crop_start is None:  # see make_views

@@ -192,6 +192,24 @@ def test_weights_load_into_torchvision(arch):
     assert missing == [f"{last}.weight", f"{last}.bias"]
     assert not unexpected
 
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_blocks_start_as_the_identity(arch):
+    peer = getattr(torchvision.models, TORCHVISION[arch])
+    expected = set()
+    if arch.startswith("resnet"):
+        for name, w in peer(zero_init_residual=True).named_parameters():
+            if name.endswith("weight") and not w.any():
+                expected.add(name)
+    else:
+        for name, block in peer().named_modules():
+            if getattr(block, "use_res_connect", False):
+                expected.add(f"{name}.block.{len(block.block) - 1}.1.weight")
+    net = models.build(arch)
+    models.start_as_identity(net)
+    weights = [(name, w) for name, w in net.named_parameters() if name.endswith("weight")]
+    assert {name for name, w in weights if not w.any()} == expected
+    assert len(expected) >= 6
+
 @pytest.mark.parametrize("arch,last,small", [
     ("resnet18", "layer4", 4), ("mobilenetv3", "features", 2), ("efficientnet_b0", "features", 2)])
 def test_small_stem_keeps_resolution(arch, last, small):
@@ -914,7 +932,7 @@ def test_recipes_and_auto_rules(capsys):
     pretrain.check(args, 5120, 1)
     assert (args.batch, args.queue, args.momentum, args.bn_splits) == (64, 128, 0.8, 2)
     assert (args.lr, args.total_steps, args.knn_every, args.warmup) == (0.01, 1120, 2, 2)
-    assert (args.in_batch, args.crop_start, args.stem) == (True, 0.5, "imagenet")
+    assert (args.in_batch, args.zero_init, args.crop_start) == (True, True, 0.5)
     assert "--queue 128" in capsys.readouterr().out
     for size, epochs in (32, 75), (64, 37):  # a CPU's minutes
         args = pretrain.parse(["--size", str(size), "--data", "folder"])
@@ -927,7 +945,16 @@ def test_recipes_and_auto_rules(capsys):
     pretrain.fill_auto(args, 1_281_167, 8)
     assert (args.batch, args.queue, args.momentum) == (256, 65536, 0.999)
     assert (args.bn_splits, args.lr, args.stem, args.warmup) == (8, 0.03, "imagenet", 0)
-    assert (args.in_batch, args.crop_start) == (False, 0.2)
+    assert (args.in_batch, args.zero_init, args.crop_start) == (False, False, 0.2)
+
+@pytest.mark.parametrize("flag,expected", [("--zero-init", 6), ("--no-zero-init", 0)])
+def test_zero_init_is_for_the_networks_that_learn(flag, expected):
+    args = pretrain.parse(["--arch", "mobilenetv3_small", "--size", "32", flag])
+    pretrain.fill_auto(args, 100, 1)
+    moco, _, untrained = pretrain.build_networks(args, CPU)
+    for net, count in ((moco.encoder_q, expected), (moco.encoder_k, expected), (untrained, 0)):
+        weights = [w for name, w in net.named_parameters() if name.endswith("weight")]
+        assert sum(not w.any() for w in weights) == count
 
 def test_bfloat16_is_for_dense_networks_on_cpus_that_have_it(monkeypatch):
     for features, expected in ({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32):

@@ -716,7 +716,7 @@ def fill_auto(args, n, world, on_cpu=False):
     if args.epochs is None:
         args.epochs = 200
         if on_cpu:  # a first result in minutes
-            images = 72_000 if args.data == "fractals" else 4_000_000 // args.size
+            images = 72_000 if args.data == "fractals" else 3_000_000 // args.size
             args.epochs = max(10, min(200, images // n))
     epoch_steps = max(1, n // max(1, args.batch))
     args.total_steps = args.steps or args.epochs * epoch_steps

@@ -934,7 +934,7 @@ def test_recipes_and_auto_rules(capsys):
     assert (args.lr, args.total_steps, args.knn_every, args.warmup) == (0.01, 1120, 2, 2)
     assert (args.in_batch, args.zero_init, args.crop_start) == (True, True, 0.5)
     assert "--queue 128" in capsys.readouterr().out
-    for size, epochs in (32, 37), (64, 18):  # a CPU's minutes
+    for size, epochs in (32, 30), (64, 15):  # a CPU's minutes
         args = pretrain.parse(["--size", str(size), "--data", "folder"])
         pretrain.fill_auto(args, 2500, 1, on_cpu=True)
         assert (args.epochs, args.stem) == (epochs, "imagenet")

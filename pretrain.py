@@ -215,7 +215,7 @@ def main(argv=None):
         if teacher is not None and step == args.teacher_steps:
             end_distillation(moco, args.seed)
         torch.manual_seed(data.seeded(args.seed, "dropout", step).initial_seed())  # for dropout
-        views = make_views(train, batch, step, args)
+        views = make_views(train, batch, args)
         sums += train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, step, args)
 
         # the rest reads the loss, which waits for the device: only where there is something to do
@@ -395,25 +395,18 @@ def fetch_batch(images, args, step):
     keys = images.fetch(rows[order[mine]]), u[:, order[mine]]
     return queries, keys, order
 
-def make_views(images, batch, step, args):
-    """-> query views, key views (lists of batches), and the order of the latter, on the device.
-
-    Crops start large and shrink: two small ones of an image have little in common, and a network
-    that knows nothing takes long to find it (--crop-start).
-    """
+def make_views(images, batch, args):
+    """-> query views, key views (lists of batches), and the order of the latter, on the device."""
     queries, keys, order = batch
     queries = put(images, *queries)
     keys = put(images, *keys)
-    smallest = cosine(args.crop_start, args.crop[0], step / args.total_steps)
-    crop = (smallest, args.crop[1])
-    query_views = [view_of(queries, 0, crop, args)]
-    key_views = [view_of(keys, 1, crop, args)]
+    query_views = [view_of(queries, 0, args)]
+    key_views = [view_of(keys, 1, args)]
     if args.symmetric:  # the two views change roles
-        query_views.append(view_of(queries, 1, crop, args))
-        key_views.append(view_of(keys, 0, crop, args))
+        query_views.append(view_of(queries, 1, args))
+        key_views.append(view_of(keys, 0, args))
     if args.local_crops > 0:
-        small = [view_of(queries, 2 + i, args.local_scale, args, args.local_size)
-                 for i in range(args.local_crops)]
+        small = [view_of(queries, 2 + i, args, is_local=True) for i in range(args.local_crops)]
         query_views.append(torch.cat(small))
     return query_views, key_views, data.to_device(order, images.device)
 
@@ -421,11 +414,13 @@ def put(images, fetched, u):
     """Pixels, shapes and uniform numbers on the device."""
     return *images.put(*fetched), data.to_device(u, images.device)
 
-def view_of(images, number, crop, args, size=None):
-    """View `number` of images = (pixels, shapes, uniform numbers), with a `crop` of that area."""
+def view_of(images, number, args, is_local=False):
+    """View `number` of images = (pixels, shapes, uniform numbers)."""
     pixels, shapes, u = images
-    return data.augment(pixels, u[number], size or args.size, crop, args.jitter, args.hue,
-                        args.gray, args.blur, shapes)
+    size = args.local_size if is_local else args.size
+    crop = args.local_scale if is_local else args.crop
+    return data.augment(pixels, u[number], size, crop, args.jitter, args.hue, args.gray, args.blur,
+                        shapes)
 
 def save_views(images, args, path):
     """A grid: eight images (top) and two views of each, as the network sees them."""
@@ -433,8 +428,7 @@ def save_views(images, args, path):
     rows, u, _ = data.schedule(len(images), n, args.seed, 0)
     batch = put(images, images.fetch(rows), u)
     original = data.center(batch[0], args.size, batch[1])
-    views = [view_of(batch, i, args.crop, args) for i in (0, 1)]
-    grid = torch.stack([original, *views]).cpu()
+    grid = torch.stack([original, view_of(batch, 0, args), view_of(batch, 1, args)]).cpu()
     grid = grid.permute(0, 3, 1, 4, 2)  # (3, size, n, size, colors)
     grid = grid * torch.tensor(data.STD) + torch.tensor(data.MEAN)
     grid = grid.mul(255).round().clamp(0, 255).byte().reshape(3 * args.size, n * args.size, 3)
@@ -661,10 +655,8 @@ def parse(argv):
     add("--teacher-temp", type=float, default=0.01, help="temperature of its softmax [0.01]")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", type=float, default=[0.2, 1.0], nargs=2, metavar=("LO", "HI"),
-        help="range of the crop's area [0.2 1]")
-    add("--crop-start", type=float, metavar="LO", help="the smallest at the start of the run; it "
-        "shrinks to --crop's along a cosine [0.5 under 5,000 steps, else as --crop]")
+    add("--crop", type=float, nargs=2, metavar=("LO", "HI"),
+        help="range of the crop's area [MoCo: 0.2 1; 0.5 1 under 2,000 steps]")
     add("--jitter", type=float, default=0.4, help="of brightness and the like [0.4; Shi 2022: 0.8]")
     add("--hue", type=float, default=0.1, help="hue jitter in turns [0.1; Shi 2022: 0.4]")
     add("--gray", type=float, default=0.2, help="probability of grayscale [0.2; Shi 2022: 0.5]")
@@ -730,10 +722,8 @@ def fill_auto(args, n, world, on_cpu=False):
         args.zero_init = is_short
     if args.in_batch is None:  # see other_keys
         args.in_batch = is_short
-    if args.crop_start is None:  # see make_views
-        args.crop_start = args.crop[0]
-        if is_short:
-            args.crop_start = min(max(0.5, args.crop[0]), args.crop[1])
+    if args.crop is None:  # two small crops of an image have little in common: that takes long
+        args.crop = [0.5, 1.0] if args.total_steps < 2_000 else [0.2, 1.0]
     if args.queue is None:  # no key staler than MoCo's, of 256 steps at m = 0.999: else queries
         # learn to tell old keys from new ones
         keys = 2 * args.batch if args.symmetric else args.batch
@@ -790,7 +780,7 @@ def check(args, n, world):
                             ("local_size", 8, 4096), ("teacher_temp", 1e-4, 99), ("jitter", 0, 99),
                             ("hue", 0, 99), ("gray", 0, 1), ("blur", 0, 1), ("dim", 1, 65536),
                             ("epochs", 1, 1e9), ("steps", 0, 1e12), ("lr", 1e-12, 1e3),
-                            ("knn_every", 1, 1e9), ("size", 8, 4096), ("crop_start", 1e-3, 1)):
+                            ("knn_every", 1, 1e9), ("size", 8, 4096)):
         value = getattr(args, flag)
         if not low <= value <= high:
             raise InputError(f"--{flag.replace('_', '-')} {value}: must be within {low}..{high}")

@@ -867,22 +867,6 @@ def test_techniques_change_what_their_formula_says(tmp_path, monkeypatch):
     target = start("--smooth", 0.3, "--smooth-k", 2)[0][0][4]
     assert torch.equal(target, pretrain.smooth_target(q, k, queue, 0.3, 2))
 
-def test_crops_shrink_over_a_run(tmp_path, monkeypatch):
-    augment = data.augment
-    smallest = []
-
-    def record(*args, **kwargs):
-        if len(args) > 3:
-            smallest.append(args[3][0])
-        return augment(*args, **kwargs)
-
-    monkeypatch.setattr(data, "augment", record)
-    calls_of_a_run(tmp_path, monkeypatch, "--crop-start", 0.8, "--crop", 0.2, 1, steps=4)
-    assert smallest[:2] == [0.2, 0.2]  # views.png
-    root = 0.5 ** 0.5  # the cosine of an eighth of a turn
-    assert smallest[2::2] == pytest.approx([0.8, 0.5 + 0.3 * root, 0.5, 0.5 - 0.3 * root])
-    assert smallest[3::2] == smallest[2::2]
-
 def test_schedules():
     args = pretrain.parse(["--momentum", "0.5", "--lr", "2", "--warmup", "2"])
     args.total_steps = 100
@@ -893,8 +877,7 @@ def test_schedules():
 
 def test_a_teacher_starts_the_run(tmp_path, monkeypatch):
     calls_of_a_run(tmp_path, monkeypatch, "--out", tmp_path / "teacher", steps=3)
-    flags = ["--teacher", tmp_path / "teacher", "--teacher-epochs", 1,  # five steps are an epoch
-             "--crop-start", 0.2]
+    flags = ["--teacher", tmp_path / "teacher", "--teacher-epochs", 1]  # five steps are an epoch
     calls, _ = calls_of_a_run(tmp_path, monkeypatch, *flags, steps=7)
     net = pretrain.Encoder(*models.read_teacher(tmp_path / "teacher", "plain"))
     images = load(tmp_path / "flat", tmp_path, size=32)[0]
@@ -903,7 +886,7 @@ def test_a_teacher_starts_the_run(tmp_path, monkeypatch):
         if step < 5:
             rows, u, _ = data.schedule(40, 8, 0, step)
             pixels, shapes = images.put(*images.fetch(rows))
-            views = data.augment(pixels, u[0], 32, (0.2, 1), shapes=shapes)
+            views = data.augment(pixels, u[0], 32, (0.5, 1), shapes=shapes)
             assert torch.allclose(z, net([views]), atol=1e-5)
             assert torch.equal(target, pretrain.teacher_target(z, queue, 0.01))
     same = torch.isclose(calls[5][2][:, None], calls[4][1][None], atol=1e-6).all(2)
@@ -932,7 +915,7 @@ def test_recipes_and_auto_rules(capsys):
     pretrain.check(args, 5120, 1)
     assert (args.batch, args.queue, args.momentum, args.bn_splits) == (64, 128, 0.8, 2)
     assert (args.lr, args.total_steps, args.knn_every, args.warmup) == (0.01, 1120, 2, 2)
-    assert (args.in_batch, args.zero_init, args.crop_start) == (True, True, 0.5)
+    assert (args.in_batch, args.zero_init, args.crop) == (True, True, [0.5, 1])
     assert "--queue 128" in capsys.readouterr().out
     for size, epochs in (32, 30), (64, 15):  # a CPU's minutes
         args = pretrain.parse(["--size", str(size), "--data", "folder"])
@@ -945,7 +928,7 @@ def test_recipes_and_auto_rules(capsys):
     pretrain.fill_auto(args, 1_281_167, 8)
     assert (args.batch, args.queue, args.momentum) == (256, 65536, 0.999)
     assert (args.bn_splits, args.lr, args.stem, args.warmup) == (8, 0.03, "imagenet", 0)
-    assert (args.in_batch, args.zero_init, args.crop_start) == (False, False, 0.2)
+    assert (args.in_batch, args.zero_init, args.crop) == (False, False, [0.2, 1])
 
 @pytest.mark.parametrize("flag,expected", [("--zero-init", 6), ("--no-zero-init", 0)])
 def test_zero_init_is_for_the_networks_that_learn(flag, expected):
@@ -1003,7 +986,6 @@ def test_float16_steps_that_overflow_are_left_out(tmp_path):
     (["--batch", 0], "--batch 0"),
     (["--queue", 8], "--queue 8"), (["--queue", 500], "--queue 500"), (["--temp", 0], "--temp 0"),
     (["--bn-splits", 3], "--bn-splits 3"), (["--crop", 0.5, 0.2], "--crop"),
-    (["--crop-start", 0], "--crop-start 0"),
     (["--head", "tall"], "--head tall"), (["--init", "resnet.pt"], "resnet.pt"),
     (["--init", "hostile.pt"], "hostile.pt"), (["--init", "torn.pt"], "torn.pt"),
     (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume"], "--out"),
@@ -1733,7 +1715,7 @@ def test_cuda_speed():
         scaler = torch.amp.GradScaler("cuda", enabled=False)
 
         def step(i):
-            views = pretrain.make_views(images, pretrain.fetch_batch(images, args, i), i, args)
+            views = pretrain.make_views(images, pretrain.fetch_batch(images, args, i), args)
             pretrain.train_step(moco, moco.encoder_q, None, optimizer, scaler, autocast, views, i,
                                 args)
 

@@ -427,7 +427,7 @@ def read_checkpoint(name, args):
     return state, args
 
 def load_network(state, args, device):
-    """The network of a checkpoint, or the random one that a run with this seed starts from."""
+    """The network of a checkpoint, or the one that a run with this seed draws (its baseline)."""
     if args.stem is None:
         args.stem = models.default_stem(args.size, device.type == "cpu")
     torch.manual_seed(args.seed)

@@ -501,9 +501,9 @@ def test_folders(tmp_path, capsys):
     assert capsys.readouterr().out == ""  # decoded and told once
     train, test, _ = load(tmp_path / "classes", tmp_path)
     assert (len(train), len(test)) == (27, 3)
+    make_folder(tmp_path / "large", classes=(".",), side=100, per=1)
     for most, expected in (224, 96), (64, 64):
-        make_folder(tmp_path / f"large{most}", classes=(".",), side=100, per=1)
-        assert load(tmp_path / f"large{most}", tmp_path, most=most)[2] == expected
+        assert load(tmp_path / "large", tmp_path, most=most)[2] == expected
     for name in ("flat", "nested"):
         train, test, _ = load(tmp_path / name, tmp_path)
         assert len(train) == 8 and test is None

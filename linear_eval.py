@@ -139,7 +139,7 @@ def linear_probe(x, y, classes):
     """
     mean, std = mean_and_std(x)
     z = F.pad((x - mean) / std, (0, 1), value=1)  # a last column of ones, for the bias
-    covariance = (z.T @ z / len(z)).cpu().double()
+    spectrum = torch.linalg.eigh((z.T @ z / len(z)).cpu().double())
     is_held = held_out(y)
     penalty = PENALTIES[2]
     W = None
@@ -148,19 +148,22 @@ def linear_probe(x, y, classes):
         rest_z, rest_y = z[~is_held], y[~is_held]
         held_z, held_y = z[is_held], y[is_held]
         for candidate in PENALTIES:
-            W = fit(rest_z, rest_y, classes, candidate, covariance, W, steps=15)
+            W = fit(rest_z, rest_y, classes, candidate, spectrum, W, steps=15)
             right = ((held_z @ W).argmax(1) == held_y).float().mean().item()
             if right > best:
                 best = right
                 penalty = candidate
-    W = fit(z, y, classes, penalty, covariance, W)
+    W = fit(z, y, classes, penalty, spectrum, W)
     weight = (W[:-1] / std[:, None]).T.contiguous()
     return weight, W[-1] - weight @ mean
 
 def mean_and_std(x):
-    """Of each column of x (N, D), without a zero: a column is constant beside the others."""
+    """Of each column of x (N, D); what varies by rounding alone, or far less than others, counts as
+    constant."""
+    mean = x.mean(0)
     std = x.std(0, correction=0)
-    return x.mean(0), std.clamp(min=1e-6 * std.max().item()).clamp(min=1e-30)
+    least = 1e-6 * torch.maximum(std.max(), mean.abs())
+    return mean, std.maximum(least).clamp(min=1e-30)
 
 def held_out(y):
     """A mask (N,) of every fifth image of each class; of a class of 2 to 4 images, the last one."""
@@ -173,19 +176,19 @@ def held_out(y):
             mask[rows[-1]] = True
     return mask
 
-def fit(z, y, classes, penalty, covariance, start=None, steps=30):
+def fit(z, y, classes, penalty, spectrum, start=None, steps=30):
     """W (D, classes) that minimizes mean cross-entropy of z @ W + penalty / 2 |W|^2, by L-BFGS.
 
-    Cross-entropy's curvature is at most half the covariance (Boehning 1992). With covariance / 2 +
-    penalty = L L^T and W = P U, P the inverse of L^T, all directions of U are about equally steep,
-    and few steps suffice.
+    `spectrum`: the covariance's eigenvalues (D,) and eigenvectors (D, D). Cross-entropy's curvature
+    is at most half the covariance (Boehning 1992). Along its eigenvectors, each divided by the root
+    of that curvature plus the penalty, all directions are about equally steep: few steps suffice.
     """
-    eye = torch.eye(len(covariance), dtype=torch.float64)
-    L = torch.linalg.cholesky(covariance / 2 + penalty * eye)
-    P = torch.linalg.solve_triangular(L.T, eye, upper=True).float().to(z.device)
+    variances, directions = spectrum
+    scale = (variances.clamp(min=0) / 2 + penalty).sqrt()  # rounding leaves some below zero
+    P = (directions / scale).float().to(z.device)  # W = P U
     U = torch.zeros(z.shape[1], classes, device=z.device)
     if start is not None:
-        U = (L.T @ start.cpu().double()).float().to(z.device)
+        U = (scale[:, None] * (directions.T @ start.cpu().double())).float().to(z.device)
     optimizer = torch.optim.LBFGS([U], max_iter=steps, max_eval=steps,
                                   line_search_fn="strong_wolfe")
     optimizer.step(partial(probe_loss, U, P, z, y, penalty))

@@ -122,7 +122,7 @@ def info_nce(q, k, queue, temperature, target=None, fresh=None):
     with torch.no_grad():
         target = k if target is None else target
         mean, loss, hit = softmax_over_keys(q, k, queue, temperature, fresh)
-        loss += (q * (k - target)).sum(1) / temperature
+        loss += (q * (k - target)).sum(1) / temperature  # it was relative to the logit of k
         gradient = (mean - target) / temperature
     zero = ((q - q.detach()) * gradient).sum(1)  # but it has that gradient
     return loss + zero, hit

@@ -1233,7 +1233,7 @@ def test_the_linear_probe_is_the_converged_solution(penalty):
         return loss
 
     optimizer.step(objective)
-    ours = linear_eval.fit(z, y, 5, penalty, (z.T @ z / 400).double())
+    ours = linear_eval.fit(z, y, 5, penalty, torch.linalg.eigh((z.T @ z / 400).double()))
     assert (ours - W).norm() < 1e-3 * W.norm()
 
 def test_the_probe_fits_features_of_any_scale():
@@ -1243,6 +1243,14 @@ def test_the_probe_fits_features_of_any_scale():
     small = linear_eval.linear_probe(1e-6 * x, y, 5)
     assert linear_eval.accuracy(*small, 1e-6 * test_x, test_y) == pytest.approx(expected, abs=1)
     assert expected > 60
+
+def test_the_probe_of_collapsed_features_is_chance():
+    y = torch.arange(400) % 4
+    center = 1 + torch.rand(300, generator=generator(0))
+    noise = torch.randn(400, 300, generator=generator(1))
+    for size in (0, 1e-8):  # what varies is rounding
+        x = center + size * noise
+        assert linear_eval.accuracy(*linear_eval.linear_probe(x, y, 4), x, y) == 25
 
 def test_held_out_part_and_label_subsets_are_balanced():
     y = torch.tensor([0] * 20 + [1] * 7 + [2] * 3 + [3])[torch.randperm(31, generator=generator(0))]

@@ -461,5 +461,5 @@ def write(results, samples, train, held, args):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a folder or disk that cannot be written
         sys.exit(f"analyze.py: {error}")

@@ -564,5 +564,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a folder or disk that cannot be written
         sys.exit(f"linear_eval.py: {error}")

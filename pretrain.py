@@ -792,7 +792,7 @@ def check(args, n, world):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a folder or disk that cannot be written
         sys.exit(f"pretrain.py: {error}")
     except KeyboardInterrupt:
         sys.exit("\npretrain.py: stopped; go on with --out FOLDER --resume")

@@ -1005,12 +1005,17 @@ def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch):
     assert not Path("attacked").exists() and not Path("runs").exists()
 
 def test_bad_input_ends_the_process_with_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    make_folder(tmp_path / "images", per=10)
+    wrong = ["--data", tmp_path / "empty"]
+    unwritable = ["--data", tmp_path / "images", "--root", tmp_path / "file"]
     for script in ("pretrain.py", "linear_eval.py random", "analyze.py random"):
-        command = [sys.executable, *script.split(), "--data", tmp_path]
-        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"{script.split()[0]}: --data")
-        assert done.stderr.count("\n") == 1
+        for flags, message in ((wrong, "--data"), (unwritable, "[Errno")):
+            command = [sys.executable, *script.split(), *flags]
+            done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+            assert done.returncode == 1
+            assert done.stderr.startswith(f"{script.split()[0]}: {message}")
+            assert done.stderr.count("\n") == 1
 
 # ----------------------------------------------------------------------------- nothing is lost
 

@@ -513,18 +513,26 @@ def fractals(n, seed, size=32, classes=64, points=1600):
     A = A + rng.normal(0, 0.02, A.shape).astype(np.float32)
     A *= np.minimum(1, 0.9 / np.linalg.norm(A, 2, (2, 3), keepdims=True))  # stay contractive
     b = b + rng.normal(0, 0.02, b.shape).astype(np.float32)
-    x = (chaos_game(A, b, p, rng, points) - middle[:, None]) / extent[:, None, None]
-    x = x @ rotation(rng.uniform(-0.35, 0.35, n)) * rng.uniform(0.6, 1.0, (n, 1, 1))
-    x = x + rng.uniform(0.32, 0.68, (n, 1, 2))
-    x[..., 0] = np.where(rng.random((n, 1)) < 0.5, x[..., 0], 1 - x[..., 0])
-    hits = count_hits(x, 2 * size)  # twice the resolution, for smooth edges
-    ink = 1 - np.exp(-2 * size * size * hits / points)
-    ink = ink.reshape(n, size, 2, size, 2).mean((2, 4))[:, None]
+    x = chaos_game(A, b, p, rng, points)
+    turn = rotation(rng.uniform(-0.35, 0.35, n))
+    zoom = rng.uniform(0.6, 1.0, (n, 1, 1))
+    place = rng.uniform(0.32, 0.68, (n, 1, 2))
+    mirrored = rng.random((n, 1)) >= 0.5
     light = rng.uniform(0.6, 1.0, (n, 1, 1, 1))
-    paper_color = np.array([0.04, 0.05, 0.08])[:, None, None]
-    ink_color = np.array([0.55, 0.95, 0.65])[:, None, None]
-    picture = (paper_color * (1 - ink) + ink_color * ink) * light
-    return torch.from_numpy((255 * picture.clip(0, 1)).astype(np.uint8)), labels
+    paper = np.array([0.04, 0.05, 0.08])[:, None, None]
+    color = np.array([0.55, 0.95, 0.65])[:, None, None]
+    pictures = []
+    for i in range(0, n, 64):  # some at a time: in the cache
+        part = slice(i, i + 64)
+        at = (x[part] - middle[part, None]) / extent[part, None, None]
+        at = at @ turn[part] * zoom[part] + place[part]
+        at[..., 0] = np.where(mirrored[part], 1 - at[..., 0], at[..., 0])
+        hits = count_hits(at, 2 * size)  # twice the resolution, for smooth edges
+        ink = 1 - np.exp(-2 * size * size * hits / points)
+        ink = ink.reshape(-1, size, 2, size, 2).mean((2, 4))[:, None]
+        picture = (paper * (1 - ink) + color * ink) * light[part]
+        pictures.append((255 * picture.clip(0, 1)).astype(np.uint8))
+    return torch.from_numpy(np.concatenate(pictures)), labels
 
 @lru_cache(maxsize=2)
 def fractal_systems(classes, points):

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  (see start)
-from PIL import Image
+from PIL import Image, ImageOps
 
 # ------------------ 1. augmentation: a function of a batch of images and of uniform random numbers
 
@@ -467,22 +467,18 @@ def decode_files(paths, side, pixel_file, index_file):
         more = ", ..." if len(bad) > 5 else ""
         print(f"left out {len(bad)} unreadable: {', '.join(bad[:5])}{more}", flush=True)
 
-UPRIGHT = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL's transpose
-
 def decode(path, side):
     """The image in a file: pixels (3, side, side) uint8, height, width; None if unreadable."""
     try:
         with Image.open(path) as image:
             width, height = image.size
+            if image.getexif().get(0x0112, 1) > 4:  # orientation: rows and columns change places
+                width, height = height, width
             image.draft(None, (side, side))  # a JPEG at 1/2, 1/4 or 1/8, if that is large enough
-            turn = UPRIGHT.get(image.getexif().get(0x0112))
+            ImageOps.exif_transpose(image, in_place=True)
             image = to_rgb(image).resize((side, side), Image.BILINEAR, reducing_gap=2)
     except Exception:  # PIL raises anything from OSError to struct.error on damaged files
         return None
-    if turn is not None:
-        image = image.transpose(turn)
-    if turn in (2, 4, 5, 6):  # rows and columns change places
-        height, width = width, height
     return np.asarray(image).transpose(2, 0, 1), height, width
 
 def to_rgb(image):

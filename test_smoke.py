@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,6 +45,12 @@ TORCHVISION = dict(resnet18="resnet18", resnet34="resnet34", resnet50="resnet50"
 SMALL = ["--arch", "mobilenetv3_small", "--batch", 8, "--queue", 16, "--size", 32,
          "--stem", "imagenet", "--device", "cpu"]
 CPU = torch.device("cpu")
+
+@pytest.fixture(autouse=True)
+def little_disk(tmp_path):
+    """What a test wrote goes as it ends: all tests together would leave some gigabytes."""
+    yield
+    shutil.rmtree(tmp_path)
 
 def generator(seed):
     return torch.Generator().manual_seed(seed)
@@ -1320,9 +1327,22 @@ def test_formats_evaluate_alike_and_the_classifier_is_torchvisions(tmp_path, mon
     with pytest.raises(InputError, match="no classifier"):
         evaluate("run/backbone.pt", "--arch", "resnet18", "--predict", "text.jpg")
 
-@pytest.mark.parametrize("flags", [["--protocol", "moco", "--lr", 1],
-                                   ["--finetune", "--lr", 0.01, "--labels", 12]])
-def test_training_protocols_learn(flags, tmp_path):
+def evaluate_in_step(argv):
+    """One process of an evaluation, whose fine-tuned weights must be those of the first one."""
+    share_buffers = data.share_buffers
+
+    def check(net):
+        for p in net.parameters():
+            assert torch.equal(data.gather(p.detach()[None])[0], p)
+        share_buffers(net)
+
+    data.share_buffers = check
+    evaluate(*argv)
+
+@pytest.mark.parametrize("world,flags", [
+    (1, ["--protocol", "moco", "--lr", 1]), (1, ["--finetune", "--lr", 0.01, "--labels", 12]),
+    (2, ["--finetune", "--lr", 0.01, "--epochs", 4])])
+def test_training_protocols_learn(world, flags, tmp_path):
     for i, name in enumerate(("dark", "light")):
         for part, n in (("train", 20), ("test", 6)):
             (tmp_path / "images" / part / name).mkdir(parents=True)
@@ -1330,9 +1350,10 @@ def test_training_protocols_learn(flags, tmp_path):
                 seed = 100 * i + j + 50 * (part == "test")
                 image = Image.fromarray(np.asarray(picture(32, 32, seed)) // 2 + 90 * i)
                 image.save(tmp_path / "images" / part / name / f"{j}.png")
-    table = evaluate("random", "--arch", "resnet18", "--stem", "imagenet", "--data",
-                     tmp_path / "images", "--root", tmp_path, "--batch", 8, "--epochs", 8,
-                     "--out", tmp_path / "out", *flags)
+    argv = ["random", "--arch", "resnet18", "--stem", "imagenet", "--data", tmp_path / "images",
+            "--root", tmp_path, "--batch", 8, "--epochs", 8, "--out", tmp_path / "out", *flags]
+    processes(world, f"import test_smoke; test_smoke.evaluate_in_step({[*map(str, argv)]!r})")
+    table = json.loads((tmp_path / "out/result.json").read_text())["table"]
     assert list(table.values())[-1]["top1"] > 80
 
 @pytest.mark.parametrize("folder,flags,message", [

@@ -704,7 +704,7 @@ def fill_auto(args, n, world, on_cpu=False):
         args.stem = models.default_stem(args.size, on_cpu)
     if args.batch is None:
         args.batch = min(max(64, power_of_two(min(256, n // 80))), power_of_two(n // 4))
-        args.batch = max(2, args.batch // world * world)
+        args.batch = math.ceil(max(4, args.batch) / world) * world
     if args.epochs is None:
         args.epochs = 200
         if on_cpu:  # 75,000 images at 32 pixels: a first result in minutes
@@ -762,6 +762,8 @@ def check(args, n, world):
     """Refuse what cannot work, in one line that says how to fix it."""
     keys = 2 * args.batch if args.symmetric else args.batch
     splits = args.bn_splits
+    if n < 5:
+        raise InputError(f"--data {args.data}: too few images to learn from ({n}); add some")
     if args.batch > n:
         raise InputError(f"--batch {args.batch}: there are only {n} images; lower it")
     if args.batch < 2 or args.batch % world != 0:

@@ -924,6 +924,10 @@ def test_recipes_and_auto_rules(capsys):
     assert (args.lr, args.total_steps, args.knn_every, args.warmup) == (0.01, 1120, 2, 2)
     assert (args.in_batch, args.zero_init, args.crop) == (True, True, [0.5, 1])
     assert "--queue 128" in capsys.readouterr().out
+    for n, world in ((5, 1), (9, 1), (9, 2), (100, 3), (1000, 3), (100, 8)):  # small sets, too
+        args = pretrain.parse(["--size", "32"])
+        pretrain.fill_auto(args, n, world)
+        pretrain.check(args, n, world)
     for size, epochs in (32, 30), (64, 15):  # a CPU's minutes
         args = pretrain.parse(["--size", str(size), "--data", "folder"])
         pretrain.fill_auto(args, 2500, 1, on_cpu=True)
@@ -996,6 +1000,7 @@ def test_float16_steps_that_overflow_are_left_out(tmp_path):
     (["--head", "tall"], "--head tall"), (["--init", "resnet.pt"], "resnet.pt"),
     (["--init", "hostile.pt"], "hostile.pt"), (["--init", "torn.pt"], "torn.pt"),
     (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume"], "--out"),
+    (["--data", "few"], "few: too few images"),
     (["--stem", "odd"], "--stem odd"), (["--smooth", 1], "--smooth 1"), (["--lr", -1], "--lr -1"),
     (["--local-crops", -1], "--local-crops -1"), (["--local-scale", 0, 1], "--local-scale"),
     (["--teacher", "torn.pt"], "torn.pt"), (["--device", "cuda:7"], "--device cuda:7")])
@@ -1003,6 +1008,7 @@ def test_bad_input_is_one_line(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "images", per=10)
     Path("empty").mkdir()
+    make_folder(Path("few"), classes=(".",), per=4)
     torch.save(models.build("resnet18").state_dict(), "resnet.pt")
     torch.save({"state_dict": Attack()}, "hostile.pt")
     Path("torn.pt").write_bytes(Path("resnet.pt").read_bytes()[:5000])

@@ -359,6 +359,8 @@ def look(net, train, held, size, args):
         if images is None:
             continue
         rows = sample_rows(images, args)
+        if len(rows) < 2:
+            raise InputError(f"--data: {len(rows)} {split} image is too few to compare; add some")
         draw = data.seeded("views", args.seed, split)
         views = torch.rand(2, len(rows), data.COLUMNS, generator=draw)
         o, y = extract(net, images, size, rows)
@@ -429,10 +431,10 @@ def main(argv=None):
 
 def write(results, samples, train, held, args):
     """Print the table and the verdicts, and write all files."""
-    for name in results:
-        results[name]["verdict"] = verdict(name, results)
-    print(f"\n{table(results)}\n\ntrain / held-out, {args.per_class} images of each class; best-NN "
-          "and linear accuracy on whole splits\n")
+    for name, r in results.items():
+        r["verdict"] = verdict(name, results)
+    print(f"\n{table(results)}\n\ntrain / held-out, {r['images']} images each; best-NN and linear "
+          "accuracy on whole splits\n")
     for r in results.values():
         print(f"- {r['verdict']}.")
     first = Path(next(iter(results)))

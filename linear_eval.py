@@ -339,7 +339,8 @@ def write(args, protocol, table, net, weight, bias, confused, names, seconds):
               f"{row['top5']:>9.2f}{row['mean_per_class']:>18.2f}")
     pairs = (confused + confused.T).triu(1)
     i, j = divmod(int(pairs.argmax()), len(names))
-    print(f"most confused: {names[i]} and {names[j]} ({pairs[i, j]} times)")
+    if pairs[i, j] > 0:
+        print(f"most confused: {names[i]} and {names[j]} ({pairs[i, j]} times)")
 
     out = Path(args.out) if args.out else default_folder(args, protocol)
     out.mkdir(parents=True, exist_ok=True)

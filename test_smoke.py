@@ -1564,11 +1564,13 @@ def test_over_clustering_is_a_comparison():
 @pytest.mark.parametrize("flags,message", [
     (["missing.pt", "--arch", "resnet18"], "missing.pt"), (["bad.pt"], "bad.pt"),
     (["random", "--per-class", 1], "--per-class 1"), (["random", "--data", "few"], "no held-out"),
-    (["random", "--arch", "vgg"], "--arch vgg"), (["random", "--data", "nowhere"], "nowhere")])
+    (["random", "--arch", "vgg"], "--arch vgg"), (["random", "--data", "nowhere"], "nowhere"),
+    (["random", "--data", "one"], "1 held-out image is too few")])
 def test_bad_input_to_an_analysis_is_one_line(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.pt").write_text("<html>")
     make_folder(Path("few"), per=3)
+    make_folder(Path("one"), per=5)
     make_folder(Path("images"), per=10)
     if "--data" not in flags:
         flags = [*flags, "--data", "images"]

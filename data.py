@@ -714,8 +714,8 @@ def load_file(path):
     """torch.load onto the CPU, which never runs code from the file; InputError if unreadable."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path}: no such checkpoint file") from None
     except Exception as error:  # torn, no torch file, or one that would run code
         raise InputError(f"{path}: not read ({type(error).__name__}): torn, no checkpoint, or more "
                          "than tensors and plain values; save its state_dict() alone") from None

@@ -656,7 +656,7 @@ def parse(argv):
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop", type=float, nargs=2, metavar=("LO", "HI"),
-        help="range of the crop's area [MoCo: 0.2 1; 0.5 1 under 2,000 steps]")
+        help="range of the crop's area [MoCo: 0.2 1; 0.35 1 under 2,000 steps]")
     add("--jitter", type=float, default=0.4, help="of brightness and the like [0.4; Shi 2022: 0.8]")
     add("--hue", type=float, default=0.1, help="hue jitter in turns [0.1; Shi 2022: 0.4]")
     add("--gray", type=float, default=0.2, help="probability of grayscale [0.2; Shi 2022: 0.5]")
@@ -723,7 +723,7 @@ def fill_auto(args, n, world, on_cpu=False):
     if args.in_batch is None:  # see other_keys
         args.in_batch = is_short
     if args.crop is None:  # two small crops of an image have little in common: that takes long
-        args.crop = [0.5, 1.0] if args.total_steps < 2_000 else [0.2, 1.0]
+        args.crop = [0.35, 1.0] if args.total_steps < 2_000 else [0.2, 1.0]
     if args.queue is None:  # no key staler than MoCo's, of 256 steps at m = 0.999: else queries
         # learn to tell old keys from new ones
         keys = 2 * args.batch if args.symmetric else args.batch

@@ -893,7 +893,7 @@ def test_a_teacher_starts_the_run(tmp_path, monkeypatch):
         if step < 5:
             rows, u, _ = data.schedule(40, 8, 0, step)
             pixels, shapes = images.put(*images.fetch(rows))
-            views = data.augment(pixels, u[0], 32, (0.5, 1), shapes=shapes)
+            views = data.augment(pixels, u[0], 32, (0.35, 1), shapes=shapes)
             assert torch.allclose(z, net([views]), atol=1e-5)
             assert torch.equal(target, pretrain.teacher_target(z, queue, 0.01))
     same = torch.isclose(calls[5][2][:, None], calls[4][1][None], atol=1e-6).all(2)
@@ -922,7 +922,7 @@ def test_recipes_and_auto_rules(capsys):
     pretrain.check(args, 5120, 1)
     assert (args.batch, args.queue, args.momentum, args.bn_splits) == (64, 128, 0.8, 2)
     assert (args.lr, args.total_steps, args.knn_every, args.warmup) == (0.01, 1120, 2, 2)
-    assert (args.in_batch, args.zero_init, args.crop) == (True, True, [0.5, 1])
+    assert (args.in_batch, args.zero_init, args.crop) == (True, True, [0.35, 1])
     assert "--queue 128" in capsys.readouterr().out
     for n, world in ((5, 1), (9, 1), (9, 2), (100, 3), (1000, 3), (100, 8)):  # small sets, too
         args = pretrain.parse(["--size", "32"])

@@ -703,7 +703,7 @@ def fill_auto(args, n, world, on_cpu=False):
     if args.stem is None:
         args.stem = models.default_stem(args.size, on_cpu)
     if args.batch is None:
-        args.batch = min(max(64, power_of_two(min(256, n // 80))), power_of_two(n // 4))
+        args.batch = power_of_two(min(256, max(64, n // 80), n // 4))
         args.batch = math.ceil(max(4, args.batch) / world) * world
     if args.epochs is None:
         args.epochs = 200

@@ -354,19 +354,22 @@ def sample_rows(images, args):
 
 def look(net, train, held, size, args):
     """(measures, what the pictures need) of one network."""
-    measures = {}
-    for split, images in (("train", train), ("held-out", held)):
-        if images is None:
-            continue
-        rows = sample_rows(images, args)
-        if len(rows) < 2:
-            raise InputError(f"--data: {len(rows)} {split} image is too few to compare; add some")
+    splits = {"train": train}
+    if held is not None:
+        splits["held-out"] = held
+    samples = {split: sample_rows(images, args) for split, images in splits.items()}
+    n = min(len(rows) for rows in samples.values())  # of each: among fewer, one is found sooner
+    if n < 2:
+        raise InputError(f"--data: a sample of {n} image is too few to compare; add some")
+    measures = dict(images=n)
+    for split, images in splits.items():
+        order = torch.randperm(len(samples[split]), generator=data.seeded("part", args.seed))
+        rows = samples[split][order[:n].sort()[0]]
         draw = data.seeded("views", args.seed, split)
-        views = torch.rand(2, len(rows), data.COLUMNS, generator=draw)
+        views = torch.rand(2, n, data.COLUMNS, generator=draw)
         o, y = extract(net, images, size, rows)
         a, b = [extract(net, images, size, rows, u)[0] for u in views]
         measures[split] = instance_metrics(o, a, b, y)
-        measures["images"] = len(rows)
     sample = dict(o=o.cpu(), a=a.cpu(), b=b.cpu(), y=y.cpu())
 
     # on whole splits: neighbours and the linear probe

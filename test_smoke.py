@@ -1511,7 +1511,12 @@ def test_an_analysis_end_to_end(tmp_path, monkeypatch, capsys):
     Path("other").mkdir()
     torch.save(models.build("resnet18", "imagenet").state_dict(), "other/backbone.pt")
     Path("other/args.json").write_text(json.dumps(known | dict(arch="resnet18", size=48)))
+    metrics = analyze.instance_metrics
+    sizes = []
+    monkeypatch.setattr(analyze, "instance_metrics",
+                        lambda o, a, b, y: sizes.append(len(o)) or metrics(o, a, b, y))
     results = look("run", "other", "random", "pixels")
+    assert sizes == [15] * 8  # as many training images as held-out ones
     printed = capsys.readouterr().out
     assert list(results) == ["run", "other", "random", "pixels"]
     saved = json.loads(Path("run/analysis/analysis.json").read_text())
@@ -1565,7 +1570,7 @@ def test_over_clustering_is_a_comparison():
     (["missing.pt", "--arch", "resnet18"], "missing.pt"), (["bad.pt"], "bad.pt"),
     (["random", "--per-class", 1], "--per-class 1"), (["random", "--data", "few"], "no held-out"),
     (["random", "--arch", "vgg"], "--arch vgg"), (["random", "--data", "nowhere"], "nowhere"),
-    (["random", "--data", "one"], "1 held-out image is too few")])
+    (["random", "--data", "one"], "sample of 1 image is too few")])
 def test_bad_input_to_an_analysis_is_one_line(flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.pt").write_text("<html>")

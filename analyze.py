@@ -171,7 +171,8 @@ def pca(x):
     return (p * p.gather(0, p.abs().argmax(0, keepdim=True)).sign()).float()  # signs are arbitrary
 
 def tsne(x, perplexity=30, steps=1000):
-    """Coordinates (N, 2) of x (N, D), N to about 2,000, by t-SNE (van der Maaten & Hinton)."""
+    """Coordinates (N, 2) of x (N, D), N to about 2,000, by t-SNE (van der Maaten & Hinton 2008) in
+    steps of N / 12 (Belkina et al. 2019)."""
     n = len(x)
     perplexity = min(perplexity, (n - 1) / 3)
     d = torch.cdist(x.float(), x.float()).square()
@@ -197,7 +198,7 @@ def tsne(x, perplexity=30, steps=1000):
         force = w * ((12 * p if is_early else p) - w / w.sum())
         gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
         gain = torch.where(gradient * velocity < 0, gain + 0.2, gain * 0.8).clamp_(min=0.01)
-        velocity = (0.5 if is_early else 0.8) * velocity - max(50, n / 48) * gain * gradient
+        velocity = (0.5 if is_early else 0.8) * velocity - n / 12 * gain * gradient
         y = y + velocity
     return y - y.mean(0)
 

@@ -358,14 +358,14 @@ def look(net, train, held, size, args):
     splits = {"train": train}
     if held is not None:
         splits["held-out"] = held
-    samples = {split: sample_rows(images, args) for split, images in splits.items()}
-    n = min(len(rows) for rows in samples.values())  # of each: among fewer, one is found sooner
+    sampled = {split: sample_rows(images, args) for split, images in splits.items()}
+    n = min(len(rows) for rows in sampled.values())  # of each: among fewer, one is found sooner
     if n < 2:
         raise InputError(f"--data: a sample of {n} image is too few to compare; add some")
     measures = dict(images=n)
     for split, images in splits.items():
-        order = torch.randperm(len(samples[split]), generator=data.seeded("part", args.seed))
-        rows = samples[split][order[:n].sort()[0]]
+        order = torch.randperm(len(sampled[split]), generator=data.seeded("part", args.seed))
+        rows = sampled[split][order[:n].sort()[0]]
         draw = data.seeded("views", args.seed, split)
         views = torch.rand(2, n, data.COLUMNS, generator=draw)
         o, y = extract(net, images, size, rows)
@@ -435,11 +435,11 @@ def main(argv=None):
 
 def write(results, samples, train, held, args):
     """Print the table and the verdicts, and write all files."""
+    n = next(iter(results.values()))["images"]
+    print(f"\n{table(results)}\n\ntrain / held-out, {n} images each; best-NN and linear accuracy "
+          "on whole splits\n")
     for name, r in results.items():
         r["verdict"] = verdict(name, results)
-    print(f"\n{table(results)}\n\ntrain / held-out, {r['images']} images each; best-NN and linear "
-          "accuracy on whole splits\n")
-    for r in results.values():
         print(f"- {r['verdict']}.")
     first = Path(next(iter(results)))
     if not first.is_dir():

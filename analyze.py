@@ -1,6 +1,6 @@
 """See the feature space of a network, and whether it over-clusters.
 
-    python analyze.py runs/NAME                          # numbers and four pictures of a run
+    python analyze.py runs/NAME                          # numbers and pictures of a run
     python analyze.py runs/A runs/B random pixels        # side by side, on the images of A
     torchrun --nproc-per-node 8 analyze.py runs/NAME     # features shared out over eight GPUs
 
@@ -8,12 +8,13 @@ Shi et al. 2022 find that small contrastive models solve the pretext task withou
 still make poor features, because they over-cluster: the space is grouped too tightly, into clusters
 that do not follow the classes. This file measures each part of that sentence. A checkpoint is
 whatever linear_eval.py takes, or `random` (the untrained network), or `pixels`. Into --out go
-analysis.json, space.png, similarity.png, neighbours.png and, of runs, curves.png.
+analysis.json, map.png, space.png, similarity.png and, of runs, curves.png.
 """
 import argparse
 import json
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,57 +24,45 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import data
-import linear_eval
-from data import InputError, print0, rank_world
-from linear_eval import alignment, extract, neighbours, uniformity, unit
+from data import InputError, init_device, print0, rank_world, save, seeded
+from linear_eval import (Parser, Pixels, accuracy, add_common_flags, check_labels, extract,
+                         instance_discrimination, labelled_subset, linear_probe, neighbours, number,
+                         open_checkpoint, to_evaluate, unit)
 
 # ---------------------------------------------------------------------------------- 1. the metrics
-# Features are (N, D) and are normalized here; labels y (N,) are int64.
+# Features are (N, D) and are normalized here; labels y (N,) are int64. The first one, instance
+# discrimination, stands in linear_eval.py: it also judges a run without labels.
 
-def instance_discrimination(query, positive, others, top=5):
-    """acc@1..`top` in % (top,): is a query's positive among the j nearest of it and all `others`?
+def alignment(a, b):
+    """Mean squared distance of pairs a, b (N, D): 0 (views agree) .. 4 (Wang & Isola 2020)."""
+    return (unit(a) - unit(b)).square().sum(1).mean()
 
-    All (N, D), row i of image i, whose own row in `others` does not count. For originals o and
-    views a, b, (o, a, o) is mode o-a and (b, a, a) mode a-b of Shi et al. 2022. By cosine; a tie
-    counts against the positive: a collapsed space has 0 %, not 100.
-    """
-    q, p, r = unit(query), unit(positive), unit(others)
-    own = (q * p).sum(1) - 1e-6  # rounding must not decide a tie
-    nearer = []
-    for i in range(0, len(q), 1000):
-        similarity = q[i:i + 1000] @ r.T
-        similarity.diagonal(i).fill_(-2)  # the image itself
-        nearer.append((similarity >= own[i:i + 1000, None]).sum(1))
-    nearer = torch.cat(nearer)
-    return torch.stack([100 * (nearer < j).float().mean() for j in range(1, top + 1)])
+def uniformity(x):
+    """log of the mean of exp(-2 d^2) over all pairs of x (N, D): about -4 (evenly spread) .. 0
+    (collapsed). Wang & Isola 2020, t 2; exact: every pair once, in blocks."""
+    x = unit(x)
+    n = len(x)
+    total = 0.0
+    for i in range(0, n, 1000):
+        similarity = x[i:i + 1000] @ x[i:].T  # d^2 = 2 - 2 similarity
+        total += (4 * similarity - 4).exp().triu(1).sum().item()
+    return math.log(total / (n * (n - 1) / 2))
 
-def class_distances(x, y):
-    """Mean squared distance within and between the classes y of x (N, D), each 0..4.
-
-    Within: over the pairs of a class, then over the classes (the intra-class alignment of Shi et
-    al. 2022). Between: over all pairs of different classes. The squared distances of n unit vectors
-    with sum s add up to 2 n^2 - 2 |s|^2 over ordered pairs, so no pair is ever formed.
-    """
+def intra_class_alignment(x, y):
+    """Mean squared distance over the pairs of a class, then over the classes y of x (N, D): 0..4
+    (Shi et al. 2022). The squared distances of n unit vectors with sum s add up to 2 n^2 - 2 |s|^2
+    over ordered pairs, so no pair is ever formed."""
     x = unit(x)
     y = y.unique(return_inverse=True)[1]
     n = y.bincount().float()
     s = x.new_zeros(len(n), x.shape[1]).index_add_(0, y, x)
     sums = 2 * n ** 2 - 2 * s.square().sum(1)
     many = n > 1  # a class of one image has no pair
-    within = (sums[many] / (n * (n - 1))[many]).mean()
-    between = 2 * len(x) ** 2 - 2 * s.sum(0).square().sum() - sums.sum()
-    return within, between / (len(x) ** 2 - (n ** 2).sum())
-
-def effective_rank(x):
-    """How many directions of centered x (N, D) are in use: exp of the entropy of its singular
-    values (Roy & Vetterli 2007), 1 .. min(N - 1, D)."""
-    x = unit(x)
-    s = torch.linalg.svdvals((x - x.mean(0)).cpu().double())
-    p = s / s.sum().clamp(min=1e-300)
-    return torch.special.entr(p).sum().exp()
+    return (sums[many] / (n * (n - 1))[many]).mean()
 
 def best_nn(train_x, train_y, test_x, test_y, most=101):
-    """{space: accuracy in %} of the best odd k up to `most` in an unweighted vote (Shi 2022).
+    """{space: accuracy in %} of the best odd k up to `most` in an unweighted vote (Shi 2022, who
+    pick k on the test images, too).
 
     Spaces: features as they are (raw), normalized, or minus their mean and then normalized
     (shifted). Equal votes go to the class with the lower number.
@@ -83,7 +72,7 @@ def best_nn(train_x, train_y, test_x, test_y, most=101):
                   shifted=(unit(train_x - mean), unit(test_x - mean)))
     best = {}
     for name, (train, test) in spaces.items():
-        labels = train_y[neighbours(train, test, most)[1]]
+        labels = train_y[neighbours(train, test, most)[1]]  # (n, most), nearest first
         votes = F.one_hot(labels[:, 0], int(train_y.max()) + 1)
         best[name] = 0.0
         for k in range(1, labels.shape[1] + 1, 2):
@@ -98,28 +87,34 @@ def instance_metrics(o, a, b, y):
     oa = instance_discrimination(o, a, o)
     ab = instance_discrimination(b, a, a)
     measures = dict(oa=oa[0], ab=ab[0], ab5=ab[4], alignment_oa=alignment(o, a),
-                    alignment_ab=alignment(a, b), uniformity=uniformity(o), rank=effective_rank(o))
+                    alignment_ab=alignment(a, b), uniformity=uniformity(o))
     if y.max() >= 0:
-        within, between = class_distances(o, y)
-        measures |= dict(intra=within, intra_views=class_distances(a, y)[0], ratio=within / between)
+        measures["intra"] = intra_class_alignment(o, y)
+        measures["intra_views"] = intra_class_alignment(a, y)
     return {name: float(value) for name, value in measures.items()}
 
 # ------------------------------------------------------------------ 2. the table and the diagnosis
 
 ROWS = {  # name in analysis.json -> row of the table
-    "oa": "instance discrimination o-a, acc@1 %", "ab": "instance discrimination a-b, acc@1 %",
-    "ab5": "instance discrimination a-b, acc@5 %", "alignment_oa": "alignment (o, a)",
-    "alignment_ab": "alignment (a, b)", "intra": "intra-class alignment, originals",
-    "intra_views": "intra-class alignment, views", "ratio": "intra-class / between-class distance",
-    "uniformity": "uniformity", "rank": "effective rank", "nn_raw": "best-NN, raw %",
-    "nn_normalized": "best-NN, normalized %", "nn_shifted": "best-NN, shifted %",
-    "linear": "linear accuracy %"}
+    "oa": "instance discrimination o-a, acc@1 %",
+    "ab": "instance discrimination a-b, acc@1 %",
+    "ab5": "instance discrimination a-b, acc@5 %",
+    "alignment_oa": "alignment (o, a)",
+    "alignment_ab": "alignment (a, b)",
+    "intra": "intra-class alignment, originals",
+    "intra_views": "intra-class alignment, views",
+    "uniformity": "uniformity",
+    "nn_raw": "best-NN, raw %",
+    "nn_normalized": "best-NN, normalized %",
+    "nn_shifted": "best-NN, shifted %",
+    "linear": "linear accuracy %",
+}
 
 def table(results):
     """Markdown: a row a metric, a column a checkpoint; train / held-out where both are measured."""
     lines = ["| | " + " | ".join(results) + " |", "|---|" + "---:|" * len(results)]
     for key, text in ROWS.items():
-        digits = 1 if "%" in text or key == "rank" else 3
+        digits = 1 if "%" in text else 3
         cells = []
         for r in results.values():
             parts = [r[split] for split in ("train", "held-out") if key in r.get(split, {})]
@@ -128,38 +123,26 @@ def table(results):
             lines.append(f"| {text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-def over_clusters(a, b):
-    """Does the space with held-out measures a over-cluster beside that with b? (Shi et al. 2022)
-
-    It has learned the pretext task, too (a quarter of the images, and half as many as b); it is
-    tighter and less spread; and yet its neighbours and its linear probe are worse.
-    """
-    learned = a["ab"] >= max(25, b["ab"] / 2)
-    tighter = a["intra"] < b["intra"] and a["uniformity"] > b["uniformity"]
-    worse = a["nn_normalized"] < b["nn_normalized"] and a["linear"] < b["linear"]
-    return learned and tighter and worse
-
-def verdict(name, results):
-    """What the numbers of `name` say: of it alone whether it overfits the pretext task, and beside
-    the others whether it over-clusters, which is a comparison."""
-    train = results[name]["train"]
-    held = results[name].get("held-out", train)
-    n = results[name]["images"]
-    text = f"{name}: {held['ab']:.0f} % of {n} images find their other view first"
-    if held is not train:
-        gap = train["ab"] - held["ab"]
-        error = math.sqrt(2 * max(held["ab"] * (100 - held["ab"]), 100) / n)  # of that difference
-        overfits = gap > max(5, 2 * error)
-        text += f" ({gap:+.1f} in training: {'overfitted' if overfits else 'not overfitted'})"
-    for other, r in results.items():
-        if "linear" in held and over_clusters(held, r["held-out"]):
-            b = r["held-out"]
-            text += (f"; beside {other} it over-clusters: tighter (intra-class alignment "
-                     f"{held['intra']:.3f} < {b['intra']:.3f}), less spread (uniformity "
-                     f"{held['uniformity']:.3f} > {b['uniformity']:.3f}), yet best-NN is "
-                     f"{b['nn_normalized'] - held['nn_normalized']:.1f} and linear accuracy "
-                     f"{b['linear'] - held['linear']:.1f} points lower")
-    return text
+def diagnosis(results):
+    """A sentence for each pair of trained networks of which all held-out numbers agree with Shi et
+    al. 2022: one over-clusters beside the other. It is tighter and less spread, and yet its
+    neighbours and its linear probe are worse."""
+    lines = []
+    held = {name: r["held-out"] for name, r in results.items()
+            if "linear" in r.get("held-out", {}) and name not in ("random", "pixels")}
+    for name, a in held.items():
+        for other, b in held.items():
+            tighter = a["intra"] < b["intra"] and a["uniformity"] > b["uniformity"]
+            worse = a["nn_normalized"] < b["nn_normalized"] and a["linear"] < b["linear"]
+            if tighter and worse:
+                lines.append(
+                    f"{name} over-clusters beside {other}: intra-class alignment {a['intra']:.3f} "
+                    f"< {b['intra']:.3f} and uniformity {a['uniformity']:.3f} > "
+                    f"{b['uniformity']:.3f}, yet best-NN is "
+                    f"{b['nn_normalized'] - a['nn_normalized']:.1f} and linear accuracy "
+                    f"{b['linear'] - a['linear']:.1f} points lower; {a['ab']:.0f} and "
+                    f"{b['ab']:.0f} % of the images find their other view first")
+    return lines
 
 # ------------------------------------------------------------------ 3. the space in two dimensions
 
@@ -168,11 +151,12 @@ def pca(x):
     x = x.double()
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     p = u[:, :2] * s[:2]
-    return (p * p.gather(0, p.abs().argmax(0, keepdim=True)).sign()).float()  # signs are arbitrary
+    largest = p.gather(0, p.abs().argmax(0, keepdim=True))
+    return (p * largest.sign()).float()  # signs are arbitrary: the largest is made positive
 
 def tsne(x, perplexity=30, steps=1000):
-    """Coordinates (N, 2) of x (N, D), N to about 2,000, by t-SNE (van der Maaten & Hinton 2008) in
-    steps of N / 12 (Belkina et al. 2019)."""
+    """Coordinates (N, 2) of x (N, D), N to about 2,000, by t-SNE (van der Maaten & Hinton 2008),
+    with a learning rate of N / 12 (Belkina et al. 2019)."""
     n = len(x)
     perplexity = min(perplexity, (n - 1) / 3)
     d = torch.cdist(x.float(), x.float()).square()
@@ -207,6 +191,7 @@ def tsne(x, perplexity=30, steps=1000):
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")  # Okabe, Ito
 ZOOM = 2  # pictures are drawn twice as large, then shrunk
 SIDE = 400  # of a panel
+INSIDE = 310  # of its axes
 
 class Sheet:
     """A picture with panels of SIDE x SIDE, pairs of axes with points and lines in their data."""
@@ -220,24 +205,27 @@ class Sheet:
         self.draw.text((ZOOM * x, ZOOM * y), text, "black", font, anchor=anchor)
 
     def panel(self, column, row, points, title, x_name="", y_name=""):
-        """Turn to a panel, whose axes span `points` (n, 2)."""
+        """Turn to a panel, whose axes span `points` (n, 2), from one round number to another."""
         self.left = SIDE * column + 62
-        self.top = SIDE * row + 34
-        self.low = np.min(points, 0)
-        self.span = np.maximum(np.max(points, 0) - self.low, 1e-9)
-        self.draw.rectangle([ZOOM * v for v in (self.left - 8, self.top - 8, self.left + 328,
-                                                self.top + 318)], outline="#888888", width=ZOOM)
-        self.text(self.left, self.top - 20, title, 14)
-        self.text(self.left + 160, self.top + 350, x_name, anchor="mm")
-        self.text(self.left, self.top + 350, y_name)
-        for share in (0, 0.5, 1):
-            x, y = self.low + share * self.span
-            self.text(self.left + 320 * share, self.top + 330, f"{x:.3g}", 11, "mm")
-            self.text(self.left - 12, self.top + 310 * (1 - share), f"{y:.3g}", 11, "rm")
+        self.top = SIDE * row + 44
+        points = np.asarray(points)
+        ticks = [round_range(points[:, i].min(), points[:, i].max()) for i in (0, 1)]
+        self.low = np.array([ticks[0][0], ticks[1][0]])
+        self.span = np.array([ticks[0][-1], ticks[1][-1]]) - self.low
+        corners = (self.left, self.top, self.left + INSIDE, self.top + INSIDE)
+        self.draw.rectangle([ZOOM * v for v in corners], outline="#888888", width=ZOOM)
+        self.text(self.left, self.top - 26, title, 14)
+        self.text(self.left, self.top - 10, y_name, 11)
+        self.text(self.left + INSIDE / 2, self.top + INSIDE + 32, x_name, 12, "mm")
+        for x in ticks[0] if x_name else []:
+            at = self.at((x, self.low[1]))[0] / ZOOM
+            self.text(at, self.top + INSIDE + 12, f"{x:g}", 11, "mm")
+        for y in ticks[1] if x_name else []:
+            self.text(self.left - 6, self.at((self.low[0], y))[1] / ZOOM, f"{y:g}", 11, "rm")
 
     def at(self, point):
         x, y = (np.asarray(point) - self.low) / self.span
-        return ZOOM * (self.left + 320 * x), ZOOM * (self.top + 310 * (1 - y))
+        return ZOOM * (self.left + INSIDE * x), ZOOM * (self.top + INSIDE * (1 - y))
 
     def dot(self, x, y, kind, radius=3):
         """At pixels x, y, in the color of class `kind`."""
@@ -256,82 +244,95 @@ class Sheet:
         size = (self.picture.width // ZOOM, self.picture.height // ZOOM)
         self.picture.resize(size, Image.LANCZOS).quantize(256).save(path)
 
+def round_range(low, high):
+    """Three to eight round numbers, evenly spaced, that span low..high."""
+    high = max(high, low + 1e-6)
+    step = 10.0 ** math.floor(math.log10(high - low))
+    step *= min(part for part in (0.2, 0.5, 1, 2) if (high - low) / (part * step) <= 6)
+    first = math.floor(low / step + 1e-6)
+    last = math.ceil(high / step - 1e-6)
+    return [round(i * step, 9) for i in range(first, last + 1)]
+
 def draw_space(samples, classes, path):
-    """t-SNE and PCA of the originals by class; below, the originals of a class and their views."""
-    sheet = Sheet(SIDE * len(samples) + 140, SIDE * 3)
-    shown = classes[:len(COLORS)]
+    """t-SNE of the originals by class; below, the originals of a class and their views."""
+    sheet = Sheet(SIDE * len(samples) + 140, 2 * SIDE - 40)
     for column, (name, s) in enumerate(samples.items()):
-        rows = (s["y"] < len(COLORS)).nonzero()[:700, 0]
-        for row, (method, project) in enumerate({"t-SNE": tsne, "PCA": pca}.items()):
-            p = project(unit(s["o"][rows])).numpy()
-            sheet.panel(column, row, p, f"{name}: {method}, {len(shown)} of {len(classes)} classes")
-            for point, label in zip(p, s["y"][rows].tolist()):
-                sheet.dot(*sheet.at(point), max(0, label))
-        one = (s["y"] == s["y"][0]).nonzero()[:50, 0]
+        kinds = s["y"].unique()[:len(COLORS)]  # the first classes that are there
+        some = torch.isin(s["y"], kinds).nonzero()[:700, 0]
+        p = tsne(unit(s["o"][some])).numpy()
+        shown = [classes[kind] for kind in kinds] if classes else []
+        sheet.panel(column, 0, p, f"{name}: " + ("classes" if classes else f"{len(some)} images"))
+        for point, kind in zip(p, torch.searchsorted(kinds, s["y"][some]).tolist()):
+            sheet.dot(*sheet.at(point), kind)
+        one = (s["y"] == kinds[0]).nonzero()[:50, 0]
         p = tsne(unit(torch.cat([s[view][one] for view in "oab"]))).numpy()
-        what = classes[s["y"][0]] if classes else "images"
-        sheet.panel(column, 2, p, f"{name}: {what}, two views each")
+        what = shown[0] if classes else "images"
+        sheet.panel(column, 1, p, f"{name}: {what}, two views each")
         for original, a, b in zip(*np.split(p, 3)):
             sheet.line([a, original, b], "#AAAAAA", 1)
             for kind, point in enumerate((original, a, b)):
                 sheet.dot(*sheet.at(point), kind)
-    sheet.legend(shown, SIDE * len(samples) + 20, 40)
-    sheet.legend(["original", "view a", "view b"], SIDE * len(samples) + 20, 2 * SIDE + 40)
+    sheet.legend(shown, SIDE * len(samples) + 20, 60)
+    sheet.legend(["original", "view a", "view b"], SIDE * len(samples) + 20, SIDE + 60)
+    sheet.save(path)
+
+def draw_map(samples, images, path, side=20, cell=32):
+    """Images where t-SNE puts them, each in the nearest free cell of a grid: what lies close
+    together is alike to the network."""
+    sheet = Sheet((side * cell + 20) * len(samples), side * cell + 40)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
+    for column, (name, s) in enumerate(samples.items()):
+        some = torch.randperm(len(s["o"]), generator=seeded("map"))[:side * side]
+        p = tsne(unit(s["o"][some]))
+        p = p.argsort(0).argsort(0) / len(p) * (side - 1)  # evenly spread along both axes
+        left = (side * cell + 20) * column + 10
+        sheet.text(left, 16, f"{name}: where t-SNE puts {len(some)} images", 14)
+        free = places.clone()
+        for point, row in zip(p, s["rows"][some]):
+            nearest = (free - point).square().sum(1).argmin()
+            x, y = (free[nearest] * cell).tolist()
+            free[nearest] = math.inf
+            pixels = images.pixels[row].permute(1, 2, 0).cpu().numpy()
+            tile = Image.fromarray(pixels).resize((ZOOM * cell, ZOOM * cell))
+            sheet.picture.paste(tile, (round(ZOOM * (left + x)), round(ZOOM * (30 + y))))
     sheet.save(path)
 
 def draw_similarity(samples, path):
     """Densities of the cosines of two views of an image, of images of a class, and of others."""
     sheet = Sheet(SIDE * len(samples), SIDE)
     for column, (name, s) in enumerate(samples.items()):
-        o = unit(s["o"])
-        pairs = torch.triu_indices(len(o), len(o), 1)
-        cosine = (o @ o.T)[pairs[0], pairs[1]]
-        same = s["y"][pairs[0]] == s["y"][pairs[1]]
-        kinds = {"two views": (unit(s["a"]) * unit(s["b"])).sum(1), "two images": cosine}
-        if s["y"].max() >= 0:
-            kinds = {"two views": kinds["two views"], "same class": cosine[same],
-                     "other class": cosine[~same]}
-        low = min(value.min().item() for value in kinds.values())
+        some = torch.randperm(len(s["o"]), generator=seeded("pairs"))[:1000]
+        o = unit(s["o"][some])
+        y = s["y"][some]
+        i, j = torch.triu_indices(len(o), len(o), 1)
+        cosine = (o @ o.T)[i, j]
+        kinds = {"two views": (unit(s["a"]) * unit(s["b"])).sum(1)}
+        if y.max() >= 0:
+            same = y[i] == y[j]
+            kinds |= {"same class": cosine[same], "other class": cosine[~same]}
+        else:
+            kinds["two images"] = cosine
+        low = min(value.min().item() for value in kinds.values() if len(value))
         x = low + (torch.arange(40) + 0.5) * (1 - low) / 40
         curves = {}
         for kind, value in kinds.items():
-            density = torch.histc(value, 40, low, 1) / len(value) * 40 / (1 - low)
+            density = torch.histc(value, 40, low, 1) / max(1, len(value)) * 40 / (1 - low)
             curves[kind] = torch.stack([x, density], 1).numpy()
-        points = np.concatenate(list(curves.values()))
-        sheet.panel(column, 0, points, name, "cosine similarity", "density")
+        sheet.panel(column, 0, np.concatenate(list(curves.values())), name, "cosine similarity",
+                    "density")
         for color, curve in zip(COLORS, curves.values()):
             sheet.line(curve, color)
-        sheet.legend(curves, sheet.left + 20, sheet.top + 10)
-    sheet.save(path)
-
-def draw_neighbours(samples, train, held, path, cell=64):
-    """Query images, one a row, and their nearest training images; another class is framed."""
-    first = next(iter(samples.values()))
-    width = (first["near"].shape[1] + 1) * (cell + 4) + 30
-    height = len(first["query"]) * (cell + 4) + 34
-    sheet = Sheet(width * len(samples), height)
-    for column, (name, s) in enumerate(samples.items()):
-        sheet.text(width * column + 8, 16, f"{name}: query, its nearest (framed: another class)")
-        for r, query in enumerate(s["query"].tolist()):
-            images = [(held, query)] + [(train, row) for row in s["near"][r].tolist()]
-            for c, (source, row) in enumerate(images):
-                pixels = source.pixels[row].permute(1, 2, 0).cpu().numpy()
-                x = ZOOM * (width * column + 8 + c * (cell + 4) + (8 if c > 0 else 0))
-                y = ZOOM * (30 + r * (cell + 4))
-                side = ZOOM * cell
-                sheet.picture.paste(Image.fromarray(pixels).resize((side, side)), (x, y))
-                if source.labels[row] != held.labels[query]:
-                    sheet.draw.rectangle((x, y, x + side, y + side), outline="#D55E00", width=6)
+        sheet.legend(curves, sheet.left + 20, sheet.top + 14)
     sheet.save(path)
 
 def draw_curves(logs, path):
-    """Loss, instance accuracy and kNN (without labels: uniformity) by epoch, of runs' logs.
+    """Loss, instance accuracy and kNN (without labels: found) by epoch, of runs' logs.
 
     Runs named NAME-seed0, NAME-seed1 .. share a color.
     """
     groups = [name.split("-seed")[0] for name in logs]
     kinds = list(dict.fromkeys(groups))
-    keys = [key for key in ("loss", "instance_accuracy", "knn", "uniformity")
+    keys = [key for key in ("loss", "instance_accuracy", "knn", "found")
             if any(key in entry for log in logs.values() for entry in log)]
     sheet = Sheet(SIDE * len(keys), SIDE)
     for column, key in enumerate(keys):
@@ -341,92 +342,89 @@ def draw_curves(logs, path):
         sheet.panel(column, 0, points, key.replace("_", " "), "epoch")
         for group, curve in zip(groups, curves):
             sheet.line(curve, COLORS[kinds.index(group) % len(COLORS)])
-    sheet.legend(kinds, 90, SIDE - 100 - 17 * len(kinds))
+    sheet.legend(kinds, 90, SIDE - 70 - 17 * len(kinds))
     sheet.save(path)
 
 # -------------------------------------------------------------------------------------- 5. the run
 
-def sample_rows(images, args):
-    """--per-class images of each class, or without labels ten times as many."""
-    if images.classes:
-        return linear_eval.labelled_subset(images.labels, str(args.per_class), args.seed)
-    order = torch.randperm(len(images), generator=data.seeded("sample", args.seed))
-    return order[:10 * args.per_class]
-
-def look(net, train, held, size, args):
-    """(measures, what the pictures need) of one network."""
+def sample_splits(train, held, args):
+    """{split: (images, rows)}: --per-class images of each class, or without labels ten times as
+    many; as many of both splits, because among fewer one is found sooner."""
     splits = {"train": train}
     if held is not None:
         splits["held-out"] = held
-    sampled = {split: sample_rows(images, args) for split, images in splits.items()}
-    n = min(len(rows) for rows in sampled.values())  # of each: among fewer, one is found sooner
+    sampled = {}
+    for split, images in splits.items():
+        if images.classes:
+            rows = labelled_subset(images.labels, str(args.per_class), args.seed)
+        else:
+            rows = torch.arange(len(images))
+        order = torch.randperm(len(rows), generator=seeded("part", args.seed))
+        sampled[split] = rows[order]
+    n = min([len(rows) for rows in sampled.values()])
+    if not train.classes:
+        n = min(n, 10 * args.per_class)
     if n < 2:
         raise InputError(f"--data: a sample of {n} image is too few to compare; add some")
-    measures = dict(images=n)
-    for split, images in splits.items():
-        order = torch.randperm(len(sampled[split]), generator=data.seeded("part", args.seed))
-        rows = sampled[split][order[:n].sort()[0]]
-        draw = data.seeded("views", args.seed, split)
-        views = torch.rand(2, n, data.COLUMNS, generator=draw)
+    return {split: (splits[split], rows[:n].sort()[0]) for split, rows in sampled.items()}
+
+def look(net, train, held, size, args):
+    """(measures, what the pictures need) of one network. Views are MoCo v2's, whatever the network
+    was trained with, so that networks can be compared."""
+    measures = {}
+    for split, (images, rows) in sample_splits(train, held, args).items():
+        draw = seeded("views", args.seed, split)
+        views = torch.rand(2, len(rows), data.COLUMNS, generator=draw)
         o, y = extract(net, images, size, rows)
         a, b = [extract(net, images, size, rows, u)[0] for u in views]
+        measures["images"] = len(rows)
         measures[split] = instance_metrics(o, a, b, y)
-    sample = dict(o=o.cpu(), a=a.cpu(), b=b.cpu(), y=y.cpu())
-
-    # on whole splits: neighbours and the linear probe
-    rows = (train.labels >= 0).nonzero()[:, 0] if train.classes else None
-    train_x, train_y = extract(net, train, size, rows)
-    if train.classes:
+        sample = dict(o=o.cpu(), a=a.cpu(), b=b.cpu(), y=y.cpu(), rows=rows)
+    if train.classes:  # neighbours and the linear probe, on whole splits
+        train_x, train_y = extract(net, train, size, (train.labels >= 0).nonzero()[:, 0])
         test_x, test_y = extract(net, held, size)
-        probe = linear_eval.linear_probe(train_x, train_y, len(train.classes))
-        measures["held-out"]["linear"] = linear_eval.accuracy(*probe, test_x, test_y)
+        weight, bias = linear_probe(train_x, train_y, len(train.classes))
+        measures["held-out"]["linear"] = accuracy(weight, bias, test_x, test_y)
         for space, value in best_nn(train_x, train_y, test_x, test_y).items():
             measures["held-out"][f"nn_{space}"] = value
-
-    # eight queries and their nearest training images; without held-out ones, not the query itself
-    source = train if held is None else held
-    sample["query"] = torch.randperm(len(source), generator=data.seeded("queries", args.seed))[:8]
-    queries = extract(net, source, size, sample["query"])[0]
-    near = neighbours(unit(train_x), unit(queries), 9)[1].cpu()
-    near = near[:, 1:] if held is None else near[:, :8]
-    sample["near"] = near if rows is None else rows[near]
     return measures, sample
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", nargs="+", help="runs, checkpoint files, random, pixels")
-    linear_eval.add_common_flags(parser)
-    parser.add_argument("--per-class", type=int, default=50,
+    add_common_flags(parser)
+    parser.add_argument("--per-class", type=partial(number, 2, 1e6, int), default=50,
                         help="images of a class in the sample, for all but best-NN and linear [50]")
     args = parser.parse_args(argv)
-    if args.per_class < 2:
-        raise InputError(f"--per-class {args.per_class}: must be at least 2")
-    device = data.start(args.device)
+    device = init_device(args.device)
+
+    # the networks; the first one says which images, `random` and `pixels` have its size, too
     names = list(dict.fromkeys(args.checkpoint))
-    names.sort(key=lambda name: name in ("random", "pixels"))  # words follow the first checkpoint
+    names.sort(key=lambda name: name in ("random", "pixels"))
+    networks = {}
+    first = args
+    for name in names:
+        known = ("data", "root", "keep")
+        if name in ("random", "pixels"):
+            known += ("arch", "stem", "size")
+        flags = argparse.Namespace(**vars(args) | {key: getattr(first, key) for key in known})
+        net, flags = open_checkpoint("random" if name == "pixels" else name, flags)
+        networks[name] = (Pixels() if name == "pixels" else to_evaluate(net, device), flags)
+        if name == names[0]:
+            first = flags
+
+    # the images, once for each size; then what each network makes of them
+    loaded = {}
     results = {}
     samples = {}
-    loaded = {}
-    for name in names:
-        source = "random" if name == "pixels" else name
-        state, own = linear_eval.read_checkpoint(source, args)
-        if name == names[0]:
-            first = own
-        own.data, own.root, own.keep = first.data, first.root, first.keep
-        if state is None:
-            own.arch, own.stem, own.size = first.arch, first.stem, first.size
-        if own.size not in loaded:
-            loaded[own.size] = data.load(own.data, own.root, own.size, own.keep, device)
-        train, held, own.size = loaded[own.size]
+    for name, (net, flags) in networks.items():
+        if flags.size not in loaded:
+            loaded[flags.size] = data.load(flags.data, flags.root, flags.size, flags.keep, device)
+        train, held, size = loaded[flags.size]
         if train.classes:
-            linear_eval.check_labels(train, held, own.data)
-        if name == "pixels":
-            net = linear_eval.Pixels()
-        else:
-            net = linear_eval.load_network(state, own, device)
-        print0(f"{name}: {own.arch} at {own.size} pixels on {own.data}")
-        results[name], samples[name] = look(net, train, held, own.size, args)
+            check_labels(train, held, flags.data)
+        print0(f"{name}: {flags.arch} at {size} pixels on {flags.data}")
+        results[name], samples[name] = look(net, train, held, size, args)
     if rank_world()[0] == 0:
         write(results, samples, train, held, args)
     if dist.is_initialized():
@@ -434,26 +432,25 @@ def main(argv=None):
     return results
 
 def write(results, samples, train, held, args):
-    """Print the table and the verdicts, and write all files."""
+    """Print the table and the diagnosis, and write all files."""
     n = next(iter(results.values()))["images"]
     print(f"\n{table(results)}\n\ntrain / held-out, {n} images each; best-NN and linear accuracy "
           "on whole splits\n")
-    for name, r in results.items():
-        r["verdict"] = verdict(name, results)
-        print(f"- {r['verdict']}.")
+    for sentence in diagnosis(results):
+        print(f"- {sentence}.")
     first = Path(next(iter(results)))
     if not first.is_dir():
         first = Path("runs")
     out = Path(args.out or first / "analysis")
     out.mkdir(parents=True, exist_ok=True)
-    data.save(out / "analysis.json", json.dumps(results, indent=1))
+    save(out / "analysis.json", json.dumps(results, indent=1))
     short = [Path(name).name for name in results]
     if len(set(short)) < len(short):
         short = list(results)
     samples = dict(zip(short, samples.values()))
+    draw_map(samples, held or train, out / "map.png")
     draw_space(samples, train.classes, out / "space.png")
     draw_similarity(samples, out / "similarity.png")
-    draw_neighbours(samples, train, held or train, out / "neighbours.png")
     logs = {}
     for name, path in zip(short, map(Path, results)):
         file = path / "log.jsonl" if path.is_dir() else path.parent / "log.jsonl"
@@ -461,7 +458,7 @@ def write(results, samples, train, held, args):
             logs[name] = [json.loads(line) for line in file.read_text().splitlines()]
     if logs:
         draw_curves(logs, out / "curves.png")
-    print(f"\nIn {out}: analysis.json, space.png, similarity.png, neighbours.png"
+    print(f"\nIn {out}: analysis.json, map.png, space.png, similarity.png"
           f"{', curves.png' if logs else ''}")
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
 """Images in, two views out.
 
-    train, test, size = load("fractals")             # or cifar10, cifar100, stl10, or any folder
-    rows, u, order = schedule(len(train), batch=64, seed=0, step=0)
-    pixels, shapes = train.put(*train.fetch(rows))
+    train, test, size = load("letters")              # or cifar10, cifar100, stl10, or any folder
+    rows, u, order = draw_step(len(train), batch=64, seed=0, step=0)
+    pixels, shapes = train.get(rows)
     views = augment(pixels, u[0], size, shapes=shapes)  # (64, 3, size, size), normalized
 
 A data set is one uint8 tensor: on the device if it fits, else a memory-mapped file. A folder is
-decoded into such a file once. All random numbers of a step are drawn by `schedule` from (seed,
+decoded into such a file once. All random numbers of a step are drawn by `draw_step` from (seed,
 step) on the CPU: a seed gives the same views on any device, on any number of processes, and after a
 restart.
 
-Read it from top to bottom: augmentation, the schedule, data sets, then processes and files.
+Read it from top to bottom: augmentation, the draws of a step, data sets, then what is not data.
 """
 import ctypes
 import fcntl
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -33,12 +32,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  (see start)
-from PIL import Image, ImageOps
+import torch.distributed.nn  # noqa: F401  (imported later it would keep gloo's threads at the end)
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ------------------ 1. augmentation: a function of a batch of images and of uniform random numbers
 
-# ImageNet's mean and deviation, as everywhere, so that weights can be exchanged
+# ImageNet's mean and deviation, as in torchvision, so that its weights fit
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]  # of RGB
@@ -46,10 +46,8 @@ YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.31
 # A view needs 32 uniform numbers. What each is for: ten attempts at a crop, then one number each.
 AREA = slice(0, 10)
 RATIO = slice(10, 20)
-(TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA,
- HIDE) = range(20, 32)
+TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA = range(20, 31)
 COLUMNS = 32
-CELLS = 16 * 16  # hide-and-seek needs one more for each cell of its finest grid
 
 def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blur=0.5, shapes=None):
     """MoCo v2's augmentation (Chen et al. 2020) of images (n, 3, S, S) uint8.
@@ -57,43 +55,42 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
     Random resized crop of area `crop`; flip, p 0.5; with p 0.8 jitter of brightness, contrast and
     saturation within 1 +- `jitter` and of hue within +- `hue` turns; grayscale with p `gray`;
     Gaussian blur with p `blur` and sigma 0.1..2.0 pixels at 224, scaled with `size`. `u` (n,
-    COLUMNS) holds the uniform numbers of each view; with CELLS columns more, hide-and-seek is the
-    last step. `shapes` (n, 2) are the images' heights and widths before they were stored as
-    squares. -> views (n, 3, size, size), normalized by MEAN and STD, channels_last.
+    COLUMNS) holds the uniform numbers of each view. `shapes` (n, 2) are the images' heights and
+    widths before they were stored as squares. -> views (n, 3, size, size), normalized by MEAN and
+    STD.
 
-    All but clipping and hiding is linear: a matrix on the rows, one on the columns, one on the
-    colors. (So blur comes before clipping here, not after it.)
+    All but the clipping to black and white is linear: a matrix on the rows, one on the columns, one
+    on the colors. (So blur comes before clipping here, not after it.)
     """
     n, _, side, _ = images.shape
     if shapes is None:
         shapes = u.new_full((n, 2), side)
     box = crop_boxes(u, shapes[:, 0], shapes[:, 1], crop)
     sigma = None
-    if blur > 0:
+    if blur > 0:  # a sigma of 0 leaves a view as it is
         sigma = torch.where(u[:, BLUR] < blur, (0.1 + 1.9 * u[:, SIGMA]) * size / 224, 0)
     x = cut(images, box, shapes, size, u[:, FLIP] < 0.5, sigma)
 
-    jittered = (u[:, JITTER] < 0.8).float()
+    jittered = (u[:, JITTER] < 0.8).float()  # where not, all factors are 1
     lowest = (1 - jitter * jittered).clamp(min=0)
     highest = 1 + jitter * jittered
     saturation = torch.lerp(lowest, highest, u[:, SATURATION])
     on_pixel, on_mean = color_matrix(
         brightness=torch.lerp(lowest, highest, u[:, BRIGHTNESS]),
         contrast=torch.lerp(lowest, highest, u[:, CONTRAST]),
-        saturation=torch.where(u[:, GRAY] < gray, 0, saturation),
+        saturation=torch.where(u[:, GRAY] < gray, 0, saturation),  # 0 is grayscale
         hue=hue * jittered * (2 * u[:, HUE] - 1))
 
+    # ((on_pixel x + on_mean mean(x)) / 255 - MEAN) / STD: normalizing is linear in color, too
     mean, std, _, _ = constants(x.device)
-    shift = on_mean @ x.mean(2, keepdim=True) / 255 - mean  # normalizing is linear in color, too
+    shift = on_mean @ x.mean(2, keepdim=True) / 255 - mean
     x = torch.baddbmm(shift / std, on_pixel / (255 * std), x)
-    x = x.clamp_(-mean / std, (1 - mean) / std)
-    x = x.view(n, 3, size, size).contiguous(memory_format=torch.channels_last)
-    if u.shape[1] > COLUMNS:
-        x = hide_and_seek(x, u[:, HIDE], u[:, COLUMNS:].view(n, 16, 16))
-    return x
+    x = x.clamp_(-mean / std, (1 - mean) / std)  # black and white
+    return x.view(n, 3, size, size).contiguous(memory_format=layout(x.device))
 
 def center(images, size, shapes=None):
-    """Evaluation's view of images (n, 3, S, S) uint8: the center square, (n, 3, size, size)."""
+    """Evaluation's view of images (n, 3, S, S) uint8: the whole center square, without the margin
+    that is usual at 224 pixels -> (n, 3, size, size)."""
     n, _, side, _ = images.shape
     if shapes is None:
         shapes = torch.full((n, 2), float(side), device=images.device)
@@ -101,7 +98,12 @@ def center(images, size, shapes=None):
     box = torch.cat([(shapes - shortest) / 2, shortest], dim=1)
     mean, std, _, _ = constants(images.device)
     x = (cut(images, box, shapes, size) / 255 - mean) / std
-    return x.view(n, 3, size, size).contiguous(memory_format=torch.channels_last)
+    return x.view(n, 3, size, size).contiguous(memory_format=layout(images.device))
+
+def layout(device):
+    """channels_last is the faster one, but not on a Mac's GPU: PyTorch's BatchNorm has had silently
+    wrong gradients on such tensors there (issues 175189, 174345)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 @cache
 def constants(device):
@@ -140,34 +142,35 @@ def cut(images, box, shapes, size, flip=None, sigma=None):
     """
     n, _, side, _ = images.shape
     scale = side / shapes  # (n, 2): stored pixels per original pixel
-    rows = resampling(box[:, 0] * scale[:, 0], box[:, 2] * scale[:, 0], side, size, None, sigma)
-    columns = resampling(box[:, 1] * scale[:, 1], box[:, 3] * scale[:, 1], side, size, flip, sigma)
+    top, left, height, width = (box.view(n, 2, 2) * scale[:, None]).view(n, 4).T
+    down = resampling(top, height, side, size, None, sigma)
+    across = resampling(left, width, side, size, flip, sigma)
     x = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    x = rows @ x.view(n, side, 3 * side)  # (n, size, 3 * side)
-    x = x.view(n, size * 3, side) @ columns.mT  # (n, size * 3, size)
+    x = down @ x.view(n, side, 3 * side)  # (n, size, 3 * side): rows, then colors
+    x = x.view(n, size * 3, side) @ across.mT  # (n, size * 3, size)
     return x.view(n, size, 3, size).transpose(1, 2).reshape(n, 3, size * size)
 
-def resampling(start, length, source, size, flip=None, sigma=None):
-    """Matrices (n, size, source) that cut `length` pixels from `start` out of an axis, resize, flip
-    and blur it; start, length, flip and sigma are (n,).
+def resampling(begin, length, source, size, flip=None, sigma=None):
+    """Matrices (n, size, source) that cut `length` pixels from `begin` out of an axis, resize, flip
+    and blur it; begin, length, flip and sigma are (n,). Pixel j covers [j, j + 1).
 
     Antialiased bilinear resizing is a triangle filter as wide as the shrinkage. A Gaussian blur of
     `sigma` output pixels is a softmax over squared distances; at the borders it renormalizes.
     """
-    start = start[:, None, None]
+    begin = begin[:, None, None]
     length = length[:, None, None]
-    i = torch.arange(size, device=start.device)
-    j = torch.arange(source, device=start.device)
+    i = torch.arange(size, device=begin.device)
+    j = torch.arange(source, device=begin.device)
     stride = length / size
-    middle = start + (i[:, None] + 0.5) * stride - 0.5  # of output i, in source pixels
+    middle = begin + (i[:, None] + 0.5) * stride - 0.5  # of output i, in source pixels
     if flip is not None:
         middle = torch.where(flip[:, None, None], middle.flip(1), middle)
-    in_box = (j + 1 > start) & (j < start + length)  # also pixels that the box cuts: no empty row
+    in_box = (j + 1 > begin) & (j < begin + length)  # also pixels that the box cuts: no empty row
     matrix = (1 - (middle - j).abs() / stride.clamp(min=1)).clamp_(min=0) * in_box
     matrix /= matrix.sum(2, keepdim=True)
     if sigma is not None:
         exponent = (i[:, None] - i) ** 2 / (2 * sigma[:, None, None].clamp(min=1e-3) ** 2)
-        exponent = exponent.masked_fill(exponent > 20, math.inf)  # denormals are slow, not sharper
+        exponent = exponent.masked_fill(exponent > 20, math.inf)  # weights below e^-20: none
         matrix = (-exponent).softmax(2) @ matrix
     return matrix
 
@@ -176,8 +179,8 @@ def color_matrix(brightness, contrast, saturation, hue):
 
     Arguments are (n,): factors, and turns for hue. In YIQ, brightness scales everything, contrast
     moves luma towards its mean and scales chroma, saturation scales chroma (0: grayscale), hue
-    turns it. All four commute: torchvision's random order has nothing to choose (but for its
-    clipping in between). Hue keeps luma, as DALI's and TensorFlow's in YIQ do; torchvision's keeps
+    turns it. All four commute, so torchvision's random order has nothing to choose (except that it
+    clips in between). Hue keeps luma, as DALI's and TensorFlow's in YIQ do; torchvision's keeps
     value.
     """
     luma = brightness * contrast
@@ -191,54 +194,34 @@ def color_matrix(brightness, contrast, saturation, hue):
     on_pixel[:, 2, 2] = chroma * angle.cos()
     on_mean = torch.zeros_like(on_pixel)
     on_mean[:, 0, 0] = brightness - luma
-    _, _, to_yiq, to_rgb = constants(hue.device)
-    return to_rgb @ on_pixel @ to_yiq, to_rgb @ on_mean @ to_yiq
+    _, _, to_yiq, from_yiq = constants(hue.device)
+    return from_yiq @ on_pixel @ to_yiq, from_yiq @ on_mean @ to_yiq
 
-def hide_and_seek(x, level, cells):
-    """Hide cells of x (n, 3, S, S) with the mean (Singh & Lee 2017, as in Shi et al. 2022).
+# ------------------------------------------------------- 2. the draws: what happens at a step
 
-    `level` (n,) picks a grid of cells of 1/16, 1/8 or 1/4 of the side, or none. A cell is hidden
-    where `cells` (n, 16, 16) < 0.5.
-    """
-    n, _, _, side = x.shape
-    choice = (4 * level).long()
-    grid = torch.where(choice < 3, 16 >> choice, 0)[:, None]  # cells in a row: 16, 8, 4 or none
-    cell = torch.arange(side, device=x.device) * grid // side  # (n, S): of each row, and column
-    image = torch.arange(n, device=x.device)[:, None, None]
-    hidden = cells[image, cell[:, :, None], cell[:, None, :]] < 0.5
-    hidden &= grid[:, :, None] > 0
-    return x.masked_fill(hidden[:, None], 0)
-
-# --------------------------------------------------------- 2. the schedule: what happens at a step
-
-def schedule(n, batch, seed, step, hide=False, local=0):
+def draw_step(n, batch, seed, step, local=0):
     """The random choices of a step, the same on every process and device.
 
-    -> rows (batch,): which of the n images; u (2 + local, batch, COLUMNS or with `hide` COLUMNS +
-    CELLS): the uniform numbers of their query views, key views and `local` more views; order
-    (batch,): the shuffled order in which the key encoder sees the batch. A pass over the images
-    drops the last incomplete batch.
+    -> rows (batch,): which of the n images; u (2 + local, batch, COLUMNS): the uniform numbers of
+    their query views, key views and `local` more views; order (batch,): the shuffled order in which
+    the key encoder sees the batch. A pass over the images drops the last incomplete batch.
     """
     epoch, i = divmod(step, n // batch)
     rows = order_of_epoch(n, seed, epoch)[i * batch:(i + 1) * batch]
     draw = seeded(seed, "step", step)
-    columns = COLUMNS + CELLS if hide else COLUMNS
-    u = torch.rand(2, batch, columns, generator=draw)
+    u = torch.rand(2, batch, COLUMNS, generator=draw)
     order = torch.randperm(batch, generator=draw)
     if local > 0:
-        u = torch.cat([u, torch.rand(local, batch, columns, generator=draw)])
+        u = torch.cat([u, torch.rand(local, batch, COLUMNS, generator=draw)])
     return rows, u, order
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # the step that is drawn ahead may be of the next epoch
 def order_of_epoch(n, seed, epoch):
+    """All n rows, shuffled."""
     return torch.randperm(n, generator=seeded(seed, "epoch", epoch))
 
-def cosine(start, end, t):
-    """From `start` at t = 0 to `end` at t = 1, along half a cosine."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
-
 def seeded(*key):
-    """A CPU generator that is a function of `key`, hashed to 32 bits, as torch uses no more."""
+    """A CPU generator that is a function of `key` (torch uses 32 bits of a seed)."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 # ----------------------------------------------------------------------------------- 3. data sets
@@ -251,50 +234,95 @@ class Images:
     labels: torch.Tensor  # (N,) int64, -1 where unknown
     classes: list         # their names, empty without labels
     device: torch.device
-    is_far: bool = False  # the device is no CPU, and the pixels are not on it
+    fingerprint: str      # the same only for the same images in the same order
 
     def __len__(self):
         return len(self.labels)
 
-    def fetch(self, rows):
-        """What `put` needs of `rows` (n,), still on the CPU."""
-        if self.is_far:
-            return self.pixels[rows], self.shapes[rows]
-        return rows, self.shapes[rows]
+    def get(self, rows):
+        """Rows (n,) -> pixels (n, 3, S, S) and shapes (n, 2), on the device."""
+        pixels = self.pixels[to_device(rows, self.pixels.device)]
+        return to_device(pixels, self.device), to_device(self.shapes[rows], self.device)
 
-    def put(self, pixels_or_rows, shapes):
-        """What `fetch` gave -> pixels (n, 3, S, S) and shapes (n, 2) on the device."""
-        pixels = to_device(pixels_or_rows, self.device)
-        if not self.is_far:
-            pixels = self.pixels[pixels]
-        return pixels, to_device(shapes, self.device)
+    def prefetch(self, make, items):
+        """make(item) for each item; where pixels travel to a device, a thread works one ahead."""
+        if self.pixels.device == self.device:
+            yield from map(make, items)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            upcoming = None
+            for item in items:
+                current = upcoming
+                upcoming = pool.submit(make, item)
+                if current is not None:
+                    yield current.result()
+            if upcoming is not None:
+                yield upcoming.result()
 
 def to_device(x, device):
-    if device.type == "cuda":  # without waiting for it
+    if device.type == "cuda" and x.device.type == "cpu":  # without waiting for it
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
-def load(name, root="data", size=None, keep=None, device=torch.device("cpu"), most=224):
+def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
     """--data `name` -> train Images; held-out Images, None without labels; the side of a view.
 
-    A `size` of None is the images' own, for a folder at `most` so many pixels. `keep` is the side
-    at which a folder's images are stored. Raises InputError for what is not there or cannot be
-    read.
+    A `size` of None is the images' own side, in a folder at most 224, on a CPU at most 64. `keep`
+    is the side at which a folder's images are stored. Raises InputError for what is not there or
+    cannot be read.
     """
-    if name == "fractals":
+    if name == "letters":
         size = size or 32
-        classes = [f"fractal {i}" for i in range(64)]
-        sets = [(*fractals(5120, 0, size), classes), (*fractals(1280, 1, size), classes)]
+        sets = [letters(5120, 0, size), letters(1280, 1, size)]
     elif name in ("cifar10", "cifar100", "stl10"):
         sets = [torchvision_set(name, root, "train"), torchvision_set(name, root, "test")]
         size = size or sets[0][0].shape[-1]
     else:
-        return load_folder(Path(name), Path(root), size, keep, device, most)
+        return load_folder(Path(name), Path(root), size, keep, device)
     images = []
     for pixels, labels, classes in sets:
         shapes = torch.full((len(labels), 2), float(pixels.shape[-1]))
-        images.append(Images(pixels, shapes, torch.as_tensor(labels).long(), classes, device))
+        labels = torch.as_tensor(labels).long()
+        images.append(Images(pixels, shapes, labels, classes, device, f"{len(labels)} of {name}"))
     return *move_to_device(images, device), size
+
+# What the main command learns from: a class each, none a mirror image or another size of another
+GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabefghmnrty123456789#$%&*+<=?@[{(~^!;\""
+
+def letters(n, seed, size=32):
+    """`n` drawings of GLYPHS -> pixels (n, 3, size, size) uint8, labels (n,), names.
+
+    Each is turned, sheared, zoomed, moved and dimmed at random. All have one ink on one paper: if
+    they differed in color, that would be the cheapest way to tell them apart, and all that is
+    learned.
+    """
+    side = 2 * size  # drawn twice as large, for smooth edges
+    font = ImageFont.load_default(0.8 * side)
+    glyphs = []
+    for glyph in GLYPHS:
+        picture = Image.new("L", (side, side))
+        ImageDraw.Draw(picture).text((side / 2, side / 2), glyph, 255, font, anchor="mm")
+        glyphs.append(torch.from_numpy(np.array(picture)) / 255)
+    labels = torch.arange(n) % len(GLYPHS)
+    turn, shear, zoom, x, y, light = 2 * torch.rand(6, n, generator=seeded("letters", seed)) - 1
+    turn = math.radians(22) * turn
+    zero, one = torch.zeros(n), torch.ones(n)
+    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], 1).view(n, 2, 2)
+    shearing = torch.stack([one, 0.25 * shear, zero, one], 1).view(n, 2, 2)
+    # from a pixel of the picture to the place in the glyph that it shows
+    glyphs = torch.stack(glyphs)[:, None]
+    linear = rotation @ shearing / (0.775 + 0.225 * zoom)[:, None, None]
+    shift = linear @ torch.stack([0.2 * x, 0.2 * y], 1)[:, :, None]
+    paper = torch.tensor([0.04, 0.05, 0.08])[:, None, None]
+    color = torch.tensor([0.55, 0.95, 0.65])[:, None, None]
+    light = (0.8 + 0.2 * light)[:, None, None, None]
+    pictures = []
+    for part in torch.arange(n).split(512):
+        grid = F.affine_grid(torch.cat([linear, shift], 2)[part], (len(part), 1, side, side), False)
+        ink = F.grid_sample(glyphs[labels[part]], grid, align_corners=False)
+        picture = torch.lerp(paper, color, F.avg_pool2d(ink, 2)) * light[part]
+        pictures.append((255 * picture).round().byte())
+    return torch.cat(pictures), labels, list(GLYPHS)
 
 def torchvision_set(name, root, split):
     """Pixels (N, 3, S, S), labels and class names of one of torchvision's data sets."""
@@ -302,8 +330,8 @@ def torchvision_set(name, root, split):
     kind = getattr(datasets, name.upper())
     flags = dict(train=split == "train")
     if name == "stl10":
-        flags = dict(split=split.replace("train", "train+unlabeled"))
-    if rank_world()[0] == 0:  # one process downloads, the others wait and then find the files
+        flags = dict(split="train+unlabeled" if split == "train" else "test")
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a node downloads
         kind(root, download=True, **flags)
     if dist.is_initialized():
         dist.barrier()
@@ -313,74 +341,75 @@ def torchvision_set(name, root, split):
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
     return pixels, images.targets, list(images.classes)
 
-def load_folder(folder, root, size, keep, device, most):
-    """Folders train/CLASS/* with val/ or test/ beside them, or CLASS/*, or images without labels.
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
+              ".pgm", ".avif")
+# Pillow opens a file as what it contains, whatever its name: PostScript would run Ghostscript
+FORMATS = sorted({kind for extension, kind in Image.registered_extensions().items()
+                  if extension in EXTENSIONS})
 
-    Without val/ or test/ every tenth labelled image is held out; without labels none is.
+def load_folder(folder, root, size, keep, device):
+    """Folders train/CLASS/* with test/ or val/ beside them, or CLASS/*, or images without labels.
+
+    Without test/ or val/ about every tenth labelled image is held out, by a hash of its name: a
+    file more moves no other one to the other side.
     """
     if not folder.is_dir():
-        raise InputError(f"--data {folder}: no such folder; or fractals, cifar10, cifar100, stl10")
+        raise InputError(f"--data {folder}: no such folder; or letters, cifar10, cifar100, stl10")
     inner = folder / "train" if (folder / "train").is_dir() else folder
     train = scan(inner)
     if not train:
         raise InputError(f"--data {inner}: no image in it (looked for {' '.join(EXTENSIONS)})")
+    stray = [path for path, name in train if name == ""]
+    classes = sorted({name for _, name in train} - {""})
     test = []
-    classes = sorted({name for _, name in train})
-    if "" in classes or len(classes) < 2:  # images beside folders, or a single folder: no labels
+    if len(classes) < 2 or 2 * len(stray) >= len(train):  # a single folder, or mostly loose images
         classes = []
     else:
-        for name in ("test", "val"):
+        if stray:
+            print0(f"left out {len(stray)} beside the class folders: {some(stray)}")
+        train = [file for file in train if file[1] != ""]
+        for name in ("val", "test"):  # test/ counts, if both have images
             if inner != folder and (folder / name).is_dir():
-                test = scan(folder / name)
+                test = [file for file in scan(folder / name) if file[1] != ""] or test
         if not test:
-            test = train[9::10]
-            del train[9::10]
+            test = [file for file in train if is_held_out(os.path.relpath(file[0], folder))]
+            held = set(test)
+            train = [file for file in train if file not in held]
     for path, name in test:
         if name not in classes:
             raise InputError(f"--data {path}: its class {name!r} is not in {inner}")
 
     side = median_side(train)
-    size = size or min(most, max(32, side // 32 * 32))
-    keep = keep or min(max(size, side), size * 3 // 2)  # a reserve: few crops are enlarged
+    size = size or min(64 if device.type == "cpu" else 224, max(32, side // 32 * 32))
+    keep = keep or min(max(size, side), size * 3 // 2)  # half as much again: few crops are enlarged
     images = []
-    for files in (train, test):
+    for part, files in (("train", train), ("test", test)):
+        name = f"{folder.resolve().name}-{part}-{keep}px-"
         if files:
-            images.append(decoded(files, classes, keep, root / "decoded", folder, device))
+            images.append(decoded(files, folder, classes, keep, root / "decoded", name, device))
     return *move_to_device(images, device), size
 
-def move_to_device(images, device):
-    """[train, test or nothing] -> train, test or None; pixels on the device if there is room."""
-    for part in images:
-        if device.type == "cpu":
-            break
-        room = torch.tensor(int(3 * part.pixels.numel() < free_memory(device)), device=device)
-        if dist.is_initialized():  # all processes or none, or they would not work alike
-            dist.all_reduce(room, dist.ReduceOp.MIN)
-        part.is_far = not room.item()
-        if not part.is_far:
-            part.pixels = part.pixels.to(device)
-    return images[0], images[1] if len(images) > 1 else None
+def is_held_out(name):
+    return zlib.crc32(os.fsencode(name)) % 10 == 0
 
-def free_memory(device):
-    """Bytes that may be used on the device; of shared memory half."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
-              ".jfif", ".avif")
+def some(names):
+    """The first of them, for a message."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 def scan(folder):
-    """The image files under `folder`, in order, as (path, first folder below it, "" if none)."""
+    """The image files under `folder`, in order, as (path, first folder below it, "" if none).
+
+    Hidden files and folders do not count, nor does what these scripts wrote.
+    """
     files = []
     visited = set()
     for here, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(here)
-        if real in visited:  # links may form a loop
-            folders.clear()
+        if real in visited or not {"args.json", "analysis.json"}.isdisjoint(names):
+            folders.clear()  # links may form a loop; a run or a result
             continue
         visited.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = os.path.relpath(here, folder).split(os.sep)[0]
         for name in sorted(names):
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
@@ -392,46 +421,56 @@ def median_side(files):
     sides = []
     for path, _ in files[::max(1, len(files) // 200)]:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 sides.append(min(image.size))
         except Exception:  # PIL raises anything from OSError to struct.error on damaged files
             continue
     return int(np.median(sides)) if sides else 32
 
-def decoded(files, classes, side, folder, source, device):
-    """The Images of `files`, (path, class name) each, decoded into a file in `folder` at first.
+def decoded(files, source, classes, side, folder, prefix, device):
+    """The Images of `files`, (path, class name) each, below `source`, as squares of `side` pixels.
 
-    That file's name has a fingerprint of the names in `source`, sizes and times of `files`.
-    Unreadable ones are left out. Of processes that want the same file, one makes it and the others
-    wait.
+    The first call decodes them into a file in `folder`, called `prefix` and a hash of their names,
+    sizes and times. Unreadable ones are left out. Of processes that want the same file, one makes
+    it and the others wait.
     """
-    fingerprint = hashlib.sha1()
-    for path, _ in files:
-        fingerprint.update(os.fsencode(path.removeprefix(str(source))))
-        try:
+    names = [os.fsencode(os.path.relpath(path, source)) for path, _ in files]
+    state = hashlib.sha1()
+    for (path, _), name in zip(files, names):
+        state.update(name)
+        if os.path.exists(path):  # no link to nowhere
             status = os.stat(path)
-        except OSError:  # a link to nowhere
-            continue
-        fingerprint.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
-    name = f"{source.resolve().name}-{side}px-{fingerprint.hexdigest()[:16]}"
-    pixel_file = folder / f"{name}.pixels"
-    index_file = folder / f"{name}.index"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with its process, however that ends
-        if not index_file.exists():
-            decode_files([path for path, _ in files], side, pixel_file, index_file)
+            state.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
+    pixel_file = folder / f"{prefix}{state.hexdigest()[:16]}.pixels"
+    index_file = pixel_file.with_suffix(".index")
+    if not index_file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(pixel_file.with_suffix(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # ends with its process, however that ends
+                for left_over in folder.glob(f"{pixel_file.stem}.*.tmp"):
+                    left_over.unlink()
+            except OSError:  # a file system without locks: each process decodes for itself
+                pass
+            if not index_file.exists():
+                decode_files([path for path, _ in files], side, pixel_file, index_file)
+                older = sorted(set(folder.glob(f"{prefix}*.pixels")) - {pixel_file})
+                if older:
+                    size = sum(path.stat().st_size for path in older)
+                    print(f"of older states of the folder there are {size:,} bytes; remove them "
+                          f"with  rm {' '.join(str(path) for path in older)}", flush=True)
     index = load_file(index_file)
-    rows = index["rows"]
-    if len(rows) == 0:
+    rows = index["rows"].tolist()
+    if not rows:
         raise InputError(f"--data {source}: none of its {len(files):,} image files is readable")
     shape = (len(rows), 3, side, side)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of memory that cannot be written: nobody writes
         pixels = torch.from_numpy(np.memmap(pixel_file, np.uint8, "r", shape=shape))
     number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number.get(name, -1) for _, name in files])[rows]
-    return Images(pixels, index["shapes"], labels, classes, device)
+    labels = torch.tensor([number.get(files[row][1], -1) for row in rows])
+    digest = hashlib.sha1(b"\n".join(names[row] for row in rows)).hexdigest()[:16]
+    return Images(pixels, index["shapes"], labels, classes, device, f"{len(rows)}, {digest}")
 
 def decode_files(paths, side, pixel_file, index_file):
     """Write the pixels of all readable images to one file, their rows and shapes to another."""
@@ -443,155 +482,91 @@ def decode_files(paths, side, pixel_file, index_file):
                          "--size, or name another --root")
     rows = []
     shapes = []
-    progress = Progress(len(paths))
-    temporary = pixel_file.with_suffix(".tmp")
+    progress = Progress(len(paths), is_shown=True)
+    temporary = pixel_file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file, ThreadPool(os.cpu_count()) as pool:
-            for row, image in enumerate(pool.imap(partial(decode, side=side), paths, 16)):
-                if image is not None:
-                    pixels, height, width = image
-                    file.write(pixels.tobytes())
-                    shapes.append((height, width))
-                    rows.append(row)
+        with open(temporary, "wb") as file, ThreadPool(min(16, os.cpu_count())) as pool:
+            for first in range(0, len(paths), 256):  # so many images wait for the disk, no more
+                images = pool.map(partial(decode, side=side), paths[first:first + 256])
+                for row, image in enumerate(images, first):
+                    if image is not None:
+                        pixels, height, width = image
+                        file.write(pixels.tobytes())
+                        shapes.append((height, width))
+                        rows.append(row)
                 if progress.due():
-                    progress.show(row + 1, f"decoding {row + 1:,}/{len(paths):,} images")
+                    progress.show(first, f"decoding {first:,}/{len(paths):,} images")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, pixel_file)
         save(index_file, dict(rows=torch.tensor(rows).long(), shapes=torch.tensor(shapes).float()))
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"--root: {error}; make room, or name another --root") from None
-    seconds = time.time() - progress.started
-    print(f"decoded {len(rows):,} images in {seconds:.1f} s to {pixel_file}")
+    print(f"decoded {len(rows):,} images in {time.time() - progress.started:.1f} s to {pixel_file}")
     bad = [paths[row] for row in sorted(set(range(len(paths))) - set(rows))]
     if bad:
-        more = ", ..." if len(bad) > 5 else ""
-        print(f"left out {len(bad)} unreadable: {', '.join(bad[:5])}{more}", flush=True)
+        print(f"left out {len(bad)} unreadable: {some(bad)}", flush=True)
 
 def decode(path, side):
     """The image in a file: pixels (3, side, side) uint8, height, width; None if unreadable."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if image.getexif().get(0x0112, 1) > 4:  # orientation: rows and columns change places
                 width, height = height, width
             image.draft(None, (side, side))  # a JPEG at 1/2, 1/4 or 1/8, if that is large enough
             ImageOps.exif_transpose(image, in_place=True)
-            image = to_rgb(image).resize((side, side), Image.BILINEAR, reducing_gap=2)
+            image = as_rgb(image).resize((side, side), Image.BILINEAR, reducing_gap=2)
     except Exception:  # PIL raises anything from OSError to struct.error on damaged files
         return None
     return np.asarray(image).transpose(2, 0, 1), height, width
 
-def to_rgb(image):
-    """Any PIL image as RGB: 16 bits are scaled, not clipped; behind transparency is white."""
-    if image.mode[0] in "IF":  # integers of 16 or 32 bits, floats
+def as_rgb(image):
+    """Any PIL image as RGB: more than 8 bits are scaled; behind transparency is white.
+
+    Integers of 16 bits are scaled by their range, the same for all images, floats from 0..1, 0..255
+    or 0..65535. Raises ValueError for what is below 0, above that, or no number.
+    """
+    if image.mode[0] in "IF":
         gray = np.asarray(image, np.float32)
-        image = Image.fromarray((gray * (255 / max(255, gray.max()))).clip(0).astype(np.uint8))
+        highest = gray.max()
+        if not (gray.min() >= 0 and highest <= 65535):
+            raise ValueError("pixels beyond 0..65535")
+        scale = 65535
+        if image.mode == "F" and highest <= 255:
+            scale = 1 if highest <= 1 else 255
+        image = Image.fromarray((gray * (255 / scale)).round().astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-# The embedded data set. A class is an iterated function system: 2 to 4 maps x -> A x + b that
-# contract the plane (Barnsley 1988). Jumping along randomly chosen ones draws its attractor.
+def move_to_device(images, device):
+    """[train] or [train, test] -> train, test or None; pixels on the device if there is room."""
+    for part in images:
+        # thrice: the rest is for the network
+        room = torch.tensor(3 * part.pixels.numel() < free_memory(device), device=device).int()
+        if dist.is_initialized():  # one answer for all processes: the slowest sets their pace
+            dist.all_reduce(room, dist.ReduceOp.MIN)
+        if device.type != "cpu" and room.item():
+            part.pixels = part.pixels.to(device)
+    return images[0], images[1] if len(images) > 1 else None
 
-def fractals(n, seed, size=32, classes=64, points=1600):
-    """`n` drawings of `classes` fractals -> pixels (n, 3, size, size) uint8, labels (n,).
+def free_memory(device):
+    """Bytes that may be used on the device; of memory shared with the CPU half."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
-    The classes are the same for every seed. An image is its class's system, a little perturbed, in
-    its own pose, zoom, place and light, mirrored or not. All have one ink on one dark paper: if
-    they differed in color, that would be the cheapest way to tell them apart, and all that is
-    learned.
-    """
-    systems = fractal_systems(classes, points)
-    rng = np.random.default_rng([1989, seed])
-    labels = np.arange(n) % classes
-    A, b, p, middle, extent = (values[labels] for values in systems)
-    A = A + rng.normal(0, 0.02, A.shape).astype(np.float32)
-    A *= np.minimum(1, 0.9 / np.linalg.norm(A, 2, (2, 3), keepdims=True))  # stay contractive
-    b = b + rng.normal(0, 0.02, b.shape).astype(np.float32)
-    x = chaos_game(A, b, p, rng, points)
-    turn = rotation(rng.uniform(-0.35, 0.35, n))
-    zoom = rng.uniform(0.6, 1.0, (n, 1, 1))
-    place = rng.uniform(0.32, 0.68, (n, 1, 2))
-    mirrored = rng.random((n, 1)) >= 0.5
-    light = rng.uniform(0.6, 1.0, (n, 1, 1, 1))
-    paper = np.array([0.04, 0.05, 0.08])[:, None, None]
-    color = np.array([0.55, 0.95, 0.65])[:, None, None]
-    pictures = []
-    for i in range(0, n, 64):  # some at a time: in the cache
-        part = slice(i, i + 64)
-        at = (x[part] - middle[part, None]) / extent[part, None, None]
-        at = at @ turn[part] * zoom[part] + place[part]
-        at[..., 0] = np.where(mirrored[part], 1 - at[..., 0], at[..., 0])
-        hits = count_hits(at, 2 * size)  # twice the resolution, for smooth edges
-        ink = 1 - np.exp(-2 * size * size * hits / points)
-        ink = ink.reshape(-1, size, 2, size, 2).mean((2, 4))[:, None]
-        picture = (paper * (1 - ink) + color * ink) * light[part]
-        pictures.append((255 * picture.clip(0, 1)).astype(np.uint8))
-    return torch.from_numpy(np.concatenate(pictures)), labels
-
-@lru_cache(maxsize=2)
-def fractal_systems(classes, points):
-    """Maps A (classes, 4, 2, 2) and b (classes, 4, 2), cumulative probabilities p (classes, 4), and
-    the middle (classes, 2) and extent (classes,) of what they draw."""
-    rng = np.random.default_rng(1988)
-    batches = []
-    while sum(len(batch[0]) for batch in batches) < classes:
-        stretch = rng.uniform(0.2, 0.85, (512, 2, 4)).astype(np.float32)
-        A = rotation(rng.uniform(-np.pi, np.pi, (512, 4))) * stretch[:, 0, :, None, None]
-        A[..., 1] *= (stretch[:, 1] / stretch[:, 0])[..., None]
-        A = A @ rotation(rng.uniform(-np.pi, np.pi, (512, 4)))
-        b = rng.uniform(-1, 1, (512, 4, 2)).astype(np.float32)
-        is_used = np.arange(4) < rng.integers(2, 5, (512, 1))
-        p = np.where(is_used, stretch.prod(1), 0).cumsum(1)
-        p /= p[:, -1:]
-        x = chaos_game(A, b, p, rng, points)
-        low, high = np.percentile(x, (2, 98), axis=1).astype(np.float32)
-        middle = (low + high) / 2
-        extent = (high - low).max(1)
-        # keep what is neither sparse, nor solid, nor a line
-        centered = (x - middle[:, None]) / extent[:, None, None] * 0.9 + 0.5
-        fill = (count_hits(centered, 32) > 0).mean((1, 2))
-        good = (fill > 0.2) & (fill < 0.5) & ((high - low).min(1) > 0.4 * extent)
-        batches.append([values[good] for values in (A, b, p, middle, extent)])
-    return [np.concatenate(values)[:classes] for values in zip(*batches)]
-
-def chaos_game(A, b, p, rng, count):
-    """`count` points (n, count, 2) on n attractors: 16 jumpers each, 10 jumps to get there."""
-    n = len(A)
-    x = np.zeros((n, 16, 2), np.float32)
-    system = np.arange(n)[:, None]
-    path = []
-    for _ in range(count // 16 + 10):
-        k = (rng.random((n, 16, 1), np.float32) > p[:, None]).sum(2)  # which map each jumper takes
-        x = (A[system, k] * x[:, :, None]).sum(3) + b[system, k]
-        path.append(x)
-    return np.concatenate(path[10:], 1)
-
-def count_hits(x, side):
-    """Points x (n, count, 2) in the unit square -> hits of each cell (n, side, side)."""
-    n = len(x)
-    cell = np.floor(x * side).astype(np.int64)
-    index = (np.arange(n)[:, None] * side + cell[..., 1]) * side + cell[..., 0]
-    inside = ((cell >= 0) & (cell < side)).all(2)
-    return np.bincount(index[inside], minlength=n * side * side).reshape(n, side, side)
-
-def rotation(angle):
-    """Angles of any shape (...) -> rotation matrices (..., 2, 2)."""
-    matrix = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], -1)
-    return matrix.reshape(*angle.shape, 2, 2).astype(np.float32)
-
-# ------------------------------------------------------------------------- 4. processes and files
+# ------------------------------------------------ 4. what is not data: device, processes, files
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and how to fix it."""
 
-def start(name):
-    """The device called `name` (auto: the first there is); under torchrun also the group.
-
-    Optimizers import torch.distributed.nn, whose default arguments name the group. Imported after
-    the group is made it would keep the group's threads, which abort some processes at their end.
-    """
+def init_device(name):
+    """The device called `name` (auto: the first there is); under torchrun also the group."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
@@ -606,9 +581,12 @@ def start(name):
         torch.backends.cudnn.benchmark = True
     elif device.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
         # glibc gives large tensors back to the kernel, which clears their pages at the next use.
-        # At 224 pixels that is half of a step. So: none apart (M_MMAP_MAX), all kept (M_TRIM_..).
+        # At 224 pixels that is half of a step. So: no memory maps (-4), and nothing given back (-1)
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, -1)
+    elif device.type == "mps" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+        print(f"torch {torch.__version__} has known faults on a Mac's GPU: install 2.14 or newer, "
+              "or pass --device cpu", flush=True)
     allow_tf32(False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -643,7 +621,7 @@ def mean_over_processes(x):
     return x
 
 def share_buffers(net):
-    """All processes take the first one's buffers: each has BatchNorm statistics of its own."""
+    """Copy the first process's BatchNorm statistics to all others."""
     if dist.is_initialized():
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
@@ -653,42 +631,23 @@ def print0(line):
     if rank_world()[0] == 0:
         print(line, flush=True)
 
-def ahead(make, steps, use_thread):
-    """make(step) for each of `steps`, a range; a thread makes the next while this one is used."""
-    if not use_thread:
-        yield from map(make, steps)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        upcoming = None
-        for step in steps:
-            current = upcoming or pool.submit(make, step)
-            if step + 1 in steps:
-                upcoming = pool.submit(make, step + 1)
-            yield current.result()
-
 class Progress:
-    """One live line on a terminal, elsewhere a line every 20 seconds; on the first process only."""
+    """Every 20 seconds, how far a loop is."""
 
-    def __init__(self, total, done=0):
+    def __init__(self, total, done=0, is_shown=None):
         self.total = total
         self.first = done
         self.started = self.printed = time.time()
-        self.is_live = sys.stdout.isatty()
+        self.is_shown = rank_world()[0] == 0 if is_shown is None else is_shown
 
     def due(self):
-        pause = 0.1 if self.is_live else 20
-        return rank_world()[0] == 0 and time.time() - self.printed > pause
+        return self.is_shown and time.time() - self.printed > 20
 
-    def show(self, done, text, end=False):
-        """Print `text` and the time left; `end` starts a new line after it."""
+    def show(self, done, text):
+        """Print `text` and the time left."""
         self.printed = time.time()
-        a_step = (self.printed - self.started) / max(1, done - self.first)
-        minutes, seconds = divmod(int(a_step * (self.total - done)), 60)
-        text += f"  {minutes}:{seconds:02} left"
-        if self.is_live:
-            text = f"\r\033[K{text}"  # over the line before
-        is_open = self.is_live and not end
-        print(text, end="" if is_open else "\n", flush=True)
+        seconds = (self.printed - self.started) / max(1, done - self.first) * (self.total - done)
+        print(f"{text}  {int(seconds) // 60}:{int(seconds) % 60:02} left", flush=True)
 
 def save(path, content):
     """Write a text or a torch file under a temporary name, then rename it: never half a file.
@@ -719,9 +678,3 @@ def load_file(path):
     except Exception as error:  # torn, no torch file, or one that would run code
         raise InputError(f"{path}: not read ({type(error).__name__}): torn, no checkpoint, or more "
                          "than tensors and plain values; save its state_dict() alone") from None
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError:
-        raise InputError(f"{path}: not readable as JSON; delete it, and give its flags") from None

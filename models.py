@@ -1,26 +1,21 @@
 """The small networks, by hand: ResNet-18/34/50, MobileNetV3-Small/Large, EfficientNet-B0/B1.
 
-    net = build("mobilenetv3", size=32)      # a torch.nn.Module, randomly initialized
+    net = build("mobilenetv3", "small")      # a torch.nn.Module, randomly initialized
     features = net(images)                   # (N, 3, H, W) -> (N, net.dim), the pre-logits feature
 
 A network is a table of rows and one class of blocks. Names, shapes and arithmetic are those of
 torchvision, so weights travel both ways. What is missing is its last Linear: in its place comes a
 projection head while pretraining (`make_head`), and a linear probe afterwards.
 
-Read it from top to bottom: blocks, networks, their tables, then weights from elsewhere. The last
-part makes small images fast on a CPU; on a GPU it is never used.
+This file needs torch alone: copy it. Read it from top to bottom: blocks, networks, their tables.
+The last part makes small images fast on a CPU; on a GPU it is never used.
 """
 import math
-import re
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-import data
-from data import InputError
 
 # --------------------------------------------------------------------------------------- 1. blocks
 
@@ -122,7 +117,7 @@ class InvertedResidual(nn.Module):
             return x + self.block(x)
         return self.block(x)
 
-# ---------------------------------- 2. networks. `small` is the stem for small images, see `build`
+# ---------------------------------------- 2. networks. `small` is the stem for small images (build)
 
 class ResNet(nn.Module):
     def __init__(self, block, layers, small):
@@ -229,34 +224,22 @@ ARCHS = {
     "resnet34": partial(ResNet, BasicBlock, [3, 4, 6, 3]),
     "resnet50": partial(ResNet, Bottleneck, [3, 4, 6, 3]),
     "mobilenetv3": partial(MobileNetV3, MOBILENETV3_LARGE, 1280),
-    "mobilenetv3_large": partial(MobileNetV3, MOBILENETV3_LARGE, 1280),
     "mobilenetv3_small": partial(MobileNetV3, MOBILENETV3_SMALL, 1024),
     "efficientnet_b0": partial(EfficientNet, EFFICIENTNET, 1.0),
     "efficientnet_b1": partial(EfficientNet, EFFICIENTNET, 1.1),
 }
 
-def build(arch, stem="auto", size=224):
+STEMS = ("imagenet", "small")
+
+def build(arch, stem="imagenet"):
     """A randomly initialized network: (N, 3, H, W) -> (N, net.dim), its pre-logits feature.
 
-    `stem="small"` keeps the resolution that small images need (He et al. 2016, section 4.2): the
-    first convolution has stride 1, in ResNets it is 3x3 and no max-pool follows. 32 pixels then end
-    in a map of 4x4 (ResNets) or 2x2 instead of 1x1, for 16 or 4 times the arithmetic. "auto" takes
-    it up to a `size` of 64 pixels. Raises InputError for an unknown name.
+    `arch` is a name in ARCHS. The stem "small" keeps the resolution that small images need (He et
+    al. 2016, section 4.2): the first convolution has stride 1, in ResNets it is 3x3 and no max-pool
+    follows. 32 pixels then end in a map of 4x4 (ResNets) or 2x2 instead of 1x1, for 16 or 4 times
+    the arithmetic. Raises KeyError for an unknown name.
     """
-    if arch not in ARCHS:
-        raise InputError(f"--arch {arch}: unknown; choose from {', '.join(ARCHS)}")
-    if stem not in ("auto", "imagenet", "small"):
-        raise InputError(f"--stem {stem}: unknown; choose from auto, imagenet, small")
-    if stem == "auto":
-        stem = default_stem(size)
     return initialize(ARCHS[arch](small=stem == "small"))
-
-def default_stem(size, on_cpu=False):
-    """The small stem up to 64 pixels; not on a CPU, where it takes several times as long: in the
-    same minutes, more images are worth more than larger maps."""
-    if size <= 64 and not on_cpu:
-        return "small"
-    return "imagenet"
 
 def initialize(module):
     """He et al. 2015 for convolutions (fan out) and Linears (fan in), zero biases, in place.
@@ -287,38 +270,28 @@ def start_as_identity(net):
         elif isinstance(block, InvertedResidual) and block.has_shortcut:
             nn.init.zeros_(block.block[-1][1].weight)
 
-HEADS = ("linear", "simple", "wide", "deep", "dropout")
+HEADS = ("linear", "simple", "wide", "deep")
 
 def make_head(kind, d, c=128):
     """Projection head (N, d) -> (N, c), thrown away after pretraining (Shi et al. 2022, section 4).
 
     linear d-c; simple d-d-c (MoCo v2); wide d-2d-c (their choice for small networks); deep d-d-d-c;
-    dropout d-d-c with p 0.5; a number h: d-h-c. Raises InputError for anything else.
+    a number h: d-h-c.
     """
-    hidden = dict(linear=[], simple=[d], wide=[2 * d], deep=[d, d], dropout=[d]).get(kind)
+    hidden = dict(linear=[], simple=[d], wide=[2 * d], deep=[d, d]).get(kind)
     if hidden is None:
-        if not str(kind).isdigit() or int(kind) == 0:
-            raise InputError(f"--head {kind}: unknown; choose from {', '.join(HEADS)} or a width")
         hidden = [int(kind)]
-    layers = []
-    width = d
-    for wider in hidden:
-        layers += [nn.Linear(width, wider), nn.ReLU(inplace=True)]
-        width = wider
-    if kind == "dropout":
-        layers.append(nn.Dropout(0.5))
-    layers.append(nn.Linear(width, c))
-    head = initialize(nn.Sequential(*layers))
-    with torch.no_grad():  # through `normalize`, a longer vector has a smaller gradient: without
-        head[-1].weight *= 4  # this the head would learn faster than the backbone under it
+    head = initialize(perceptron([d, *hidden, c]))
+    with torch.no_grad():  # the gradient through `normalize` shrinks as its input grows: this makes
+        head[-1].weight *= 4  # the head learn as slowly as the backbone under it
     return head
 
-# ----------------------------------------------------------------------- 3. weights from elsewhere
-
-# What stands before the names of a backbone's tensors: in last.pt, in checkpoints of MoCo and
-# ssl-small (the query encoder), of SEED, of a DataParallel; in torchvision's nothing.
-PREFIXES = ("encoder_q.backbone.", "module.encoder_q.", "encoder_q.", "module.student.", "student.",
-            "module.", "")
+def perceptron(widths):
+    """Linears of these widths, with ReLUs between them."""
+    layers = []
+    for cin, cout in zip(widths, widths[1:]):
+        layers += [nn.Linear(cin, cout), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
 
 def last_linear(arch):
     """torchvision's name of the classifying Linear, which the networks here do without."""
@@ -326,89 +299,7 @@ def last_linear(arch):
         return "fc"
     return "classifier.3" if arch.startswith("mobilenet") else "classifier.1"
 
-def read_backbone(path, arch=None):
-    """The backbone in a checkpoint: a run's folder, last.pt, backbone.pt, a torchvision state dict,
-    or a file with a `state_dict` as MoCo, ssl-small and SEED write it.
-
-    -> (state dict with torchvision's names and without the last Linear; a dict with `arch`, `stem`,
-    the names it `dropped`, and `size`, `data`, `root`, `keep`, `classes` as far as they are known).
-    The network is `arch`, or what args.json beside the file or `args` in it says. Raises InputError
-    if it is not in the file, or only a part of what is. Never executes code from the file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "backbone.pt"
-    state, saved = read_state(path)
-    if (path.parent / "args.json").is_file():
-        saved = data.read_json(path.parent / "args.json")
-    names = ("arch", "stem", "size", "data", "root", "keep", "classes")
-    info = {name: saved[name] for name in names if name in saved}
-    info["arch"] = arch or info.get("arch")
-    if info["arch"] is None:
-        raise InputError(f"{path}: of which network? Name it with --arch")
-    for stem in ("imagenet", "small"):
-        with torch.device("meta"):  # names and shapes without memory
-            wanted = build(info["arch"], stem).state_dict()
-        for prefix in PREFIXES:
-            backbone = {name: state.get(prefix + name) for name in wanted}
-            if not all(w is not None and w.shape == wanted[name].shape
-                       for name, w in backbone.items()):
-                continue
-            dropped = [name for name in state if name.removeprefix(prefix) not in wanted]
-            refuse_larger(path, info["arch"], prefix, wanted, dropped)
-            if info["arch"].startswith("resnet"):
-                info["stem"] = stem  # conv1 shows it; the other networks' shapes don't
-            return backbone, info | dict(dropped=dropped)
-    raise InputError(f"{path}: its weights (such as {', '.join(list(state)[:2])}) are not those of "
-                     f"{info['arch']}; name the right --arch")
-
-def refuse_larger(path, arch, prefix, wanted, dropped):
-    """Refuse a file whose network is larger than `arch`: ResNet-34 has all tensors of ResNet-18."""
-    roots = {name.split(".")[0] for name in wanted} - {"classifier"}
-    for name in dropped:
-        if name.startswith(prefix) and name.removeprefix(prefix).split(".")[0] in roots:
-            raise InputError(f"{path}: holds a larger network than {arch} (such as {name}); "
-                             "name the right --arch")
-
-def read_state(path):
-    """{name: tensor} of a checkpoint file, and the flags beside it; InputError without tensors."""
-    state = content = data.load_file(path)
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if isinstance(state, dict):
-        state = {name: w for name, w in state.items() if isinstance(w, torch.Tensor)}
-    if not isinstance(state, dict) or not state:
-        raise InputError(f"{path}: holds no state dict")
-    return state, content.get("args", {})
-
-def read_teacher(path, arch=None):
-    """(backbone, projection head) of a run or a MoCo checkpoint, to distill from (SEED).
-
-    Without a head in the file, the head is an empty Sequential: the teacher's feature itself.
-    """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "last.pt"
-    weights, info = read_backbone(path, arch)
-    backbone = build(info["arch"], info.get("stem") or "imagenet")
-    backbone.load_state_dict(weights)
-
-    # the head's Linears, by their place in its Sequential
-    layers = {}
-    for name, value in read_state(path)[0].items():
-        match = re.fullmatch(r"(?:module\.)?encoder_q\.(?:head|fc)\.(\d+)\.(weight|bias)", name)
-        if match is not None:
-            layers.setdefault(int(match[1]), {})[match[2]] = value
-    head = []
-    for place in sorted(layers):
-        cout, cin = layers[place]["weight"].shape
-        linear = nn.Linear(cin, cout)
-        linear.load_state_dict(layers[place])
-        head += [linear, nn.ReLU()]
-    return backbone, nn.Sequential(*head[:-1])
-
-# -------------------------------------------------------------------------- 4. small maps on a CPU
+# -------------------------------------------------------------------------- 3. small maps on a CPU
 #
 # The last maps of small images are 1x1 and 2x2. There most of a 3x3 kernel meets padding alone, and
 # the CPU's convolutions, made for large maps, are slow. On a 2x2 map, output (0, 0) meets the four
@@ -420,21 +311,32 @@ def read_teacher(path, arch=None):
 #     (0, 0)    (0, 1)    (1, 0)    (1, 1)
 
 def speed_up_small_maps(net):
-    """Swap the classes of `net`'s convolutions for those below. Names and results stay."""
+    """Swap the classes of `net`'s convolutions for those below, where these are right: square odd
+    kernels, "same" zero padding, no dilation, dense or depthwise without a bias. Names and results
+    stay."""
     for layer in net.modules():
-        if type(layer) is nn.Conv2d and layer.padding[0] == layer.kernel_size[0] // 2:
-            layer.__class__ = Conv2dOfSmallMaps if layer.groups == 1 else DepthwiseOfSmallMaps
+        if type(layer) is not nn.Conv2d:  # also skips what is swapped already
+            continue
+        k = layer.kernel_size[0]
+        shape = (layer.kernel_size, layer.padding, layer.dilation, layer.padding_mode)
+        if k % 2 == 0 or shape != ((k, k), (k // 2, k // 2), (1, 1), "zeros"):
+            continue
+        if layer.stride[0] != layer.stride[1]:
+            continue
+        if layer.groups == 1:
+            layer.__class__ = DenseOfSmallMaps
+        elif layer.groups == layer.in_channels == layer.out_channels and layer.bias is None:
+            layer.__class__ = DepthwiseOfSmallMaps
     return net
 
-class Conv2dOfSmallMaps(nn.Conv2d):
-    """A dense convolution. Maps of 1x1 and 2x2 are one matrix product with the taps that meet them:
-    between three quarters and an eighth of the convolution's time, forward and backward."""
+class DenseOfSmallMaps(nn.Conv2d):
+    """Maps of 1x1 and 2x2 are one matrix product with the taps that meet them."""
 
     def forward(self, x):
         kernel = self.kernel_size[0]
         stride = self.stride[0]
         if kernel == 1 and max(x.shape[2:]) <= stride:
-            x = x[:, :, :1, :1]  # all that it reads
+            x = x[:, :, :1, :1]  # a strided 1x1 kernel reads no other pixel
         h, w = x.shape[2:]
         if not (h == w == 1 or (h == w == 2 and kernel == 3)):
             return super().forward(x)
@@ -451,43 +353,10 @@ class Conv2dOfSmallMaps(nn.Conv2d):
         return y.view(len(x), len(outputs), len(outputs), -1).permute(0, 3, 1, 2)  # channels_last
 
 class DepthwiseOfSmallMaps(nn.Conv2d):
-    """One kernel a channel. For maps smaller than the kernel, the gradient is computed by hand."""
+    """One kernel a channel. Of a 1x1 map only the middle tap meets something."""
 
     def forward(self, x):
-        h, w = x.shape[2:]
-        if h == w < self.kernel_size[0] and torch.is_grad_enabled():
-            return SmallDepthwise.apply(x, self.weight, self.stride[0])
-        return super().forward(x)
-
-class SmallDepthwise(torch.autograd.Function):
-    """A depthwise convolution of x (N, C, h, h) with weight (C, 1, k, k), h < k, "same" padding.
-
-    For the weight's gradient alone oneDNN takes 10 to 100 times as long as the sum of products
-    below: more than all the rest of MobileNetV3's step on small images.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, stride):
-        ctx.save_for_backward(x, weight)
-        ctx.stride = stride
-        return F.conv2d(x, weight, None, stride, weight.shape[-1] // 2, groups=len(weight))
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)
-        h = x.shape[-1]
-        padding = weight.shape[-1] // 2
-        dx = torch.nn.grad.conv2d_input(x.shape, weight, grad, ctx.stride, padding,
-                                        groups=len(weight))
-        # the gradient of a kernel of (2 h - 1)^2 taps, which just covers the map from its corners:
-        # output (i, j) lays the whole map on h x h of them
-        taps = weight.new_zeros(len(weight), 1, 2 * h - 1, 2 * h - 1)
-        for i in range(grad.shape[2]):
-            for j in range(grad.shape[3]):
-                top = h - 1 - i * ctx.stride
-                left = h - 1 - j * ctx.stride
-                met = taps[:, 0, top:top + h, left:left + h]
-                met += (x * grad[:, :, i, j, None, None]).sum(0)
-        cropped_or_padded = F.pad(taps, [padding - h + 1] * 4)
-        dw = torch.empty_like(weight).copy_(cropped_or_padded)  # in the weight's memory format
-        return dx, dw, None
+        if x.shape[2:] != (1, 1):
+            return super().forward(x)
+        middle = self.kernel_size[0] // 2
+        return x * self.weight[:, 0, middle, middle, None, None].to(x.dtype)

@@ -1,13 +1,13 @@
 """MoCo v2 pretraining of a small network on unlabeled images.
 
-    torchrun pretrain.py --arch mobilenetv3 --temp 0.1     # some minutes on a laptop, no download
-    torchrun pretrain.py --data FOLDER --temp 0.1          # your own images, with or without labels
+    python pretrain.py --arch mobilenetv3 --temp 0.1       # some minutes on a laptop, no download
+    python pretrain.py --data FOLDER --temp 0.1            # your own images, with or without labels
     torchrun --nproc-per-node 8 pretrain.py --data FOLDER  # eight GPUs; --batch is their total
-    python pretrain.py --out runs/mine --resume            # go on with a run, or start it
+    python pretrain.py --out runs/mine --resume            # go on with a run
 
 The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), for small networks Shi et al. 2022.
 Read it from top to bottom: the method, one step, the training loop. Then, as needed: the details
-of the loss, views, networks, monitor and report, files, flags.
+of the loss, views, networks, monitor and report, the run's folder, flags.
 """
 import argparse
 import copy
@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -27,16 +28,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import linear_eval
 import models
-from data import InputError, cosine, mean_over_processes, print0, rank_world
+from data import (InputError, Progress, allow_tf32, gather, init_device, load_file,
+                  mean_over_processes, print0, rank_world, save, share_buffers, to_device)
+from linear_eval import (Parser, Pixels, count, factor, judge, number, read_checkpoint, read_head,
+                         read_json, share, side, to_evaluate)
 
 # ----------------------------------------------------------------------------------- 1. the method
 
 class Encoder(nn.Module):
     """Backbone and projection head: a list of image batches -> their unit embeddings, concatenated.
 
-    Each batch of the list has BatchNorm statistics of its own.
+    A list, because local crops are smaller. Each batch has BatchNorm statistics of its own; those
+    of the first `tracked` batches enter the running statistics, with which features are computed.
     """
 
     def __init__(self, backbone, head):
@@ -44,20 +48,28 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, batches):
+    def forward(self, batches, tracked=1):
+        norms = [layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d)]
         embeddings = []
-        for images in batches:
+        for i, images in enumerate(batches):
+            for norm in norms:
+                norm.momentum = 0.1 if i < tracked else 0.0
             z = self.head(self.backbone(images))
             embeddings.append(F.normalize(z.float(), dim=1))
         return torch.cat(embeddings)
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook)."""
+    """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook). Each part
+    enters the running statistics."""
+    splits = 1
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        return torch.cat([nn.BatchNorm2d.forward(self, part) for part in x.chunk(self.splits)])
+        parts = []
+        for part in x.chunk(self.splits):
+            parts.append(super().forward(part))
+        return torch.cat(parts)
 
 class MoCo(nn.Module):
     """A query encoder that learns, a key encoder that follows it, and a queue of past keys."""
@@ -68,15 +80,16 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         for layer in self.encoder_k.modules():
             if isinstance(layer, nn.BatchNorm2d):
-                layer.__class__ = SplitBatchNorm  # the same weights under the same names
+                layer.__class__ = SplitBatchNorm  # only `forward` differs
                 layer.splits = splits
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
 
     @torch.no_grad()
     def update_key_encoder(self, m):
         """f_k <- m f_k + (1 - m) f_q (eq. 2): weights only; BatchNorm's statistics are its own."""
-        keys = list(self.encoder_k.parameters())
-        torch._foreach_lerp_(keys, list(self.encoder_q.parameters()), 1 - m)  # all at once
+        weights_k = list(self.encoder_k.parameters())
+        weights_q = list(self.encoder_q.parameters())
+        torch._foreach_lerp_(weights_k, weights_q, 1 - m)  # k.lerp_(q, 1 - m) for all, in one call
 
     @torch.no_grad()
     def encode_keys(self, views, order):
@@ -85,51 +98,51 @@ class MoCo(nn.Module):
         Shuffling BN (section 3.3): keys meet BatchNorm in other company than their queries, in
         parts. Else a query could find its key by the batch statistics that both share.
         """
-        shuffled = data.gather(self.encoder_k([views]))
+        shuffled = gather(self.encoder_k([views]))
         keys = torch.empty_like(shuffled)
-        keys[order] = shuffled
+        keys[order] = shuffled  # undo the shuffle
         return keys
 
     @torch.no_grad()
     def enqueue(self, keys, step):
         """The keys (B, C) of a step overwrite the oldest ones: the queue is a ring."""
-        rows = torch.arange(step * len(keys), (step + 1) * len(keys), device=keys.device)
-        self.queue[rows % len(self.queue)] = keys
+        places = torch.arange(step * len(keys), (step + 1) * len(keys), device=keys.device)
+        self.queue[places % len(self.queue)] = keys
 
-def info_nce_plain(q, k, queue, temperature, target=None, fresh=None):
+def info_nce_plain(q, k, queue, temperature, target=None, more_keys=None, is_own=None):
     """InfoNCE as a formula: cross-entropy of a softmax over [own key, all keys of the queue].
 
-    q, k, target (N, C), queue (K, C), rows of length one -> loss (N,), and whether a query's own
-    key is nearer than all others (N,). `target` is the mean key under the wanted distribution: k
-    in MoCo (Oord et al. 2018), softer in section 4. `fresh` are more negatives, for in-batch ones:
-    keys (M, C), and where a query and a key are of one image (N, M).
+    q, k (N, C), queue (K, C) -> loss (N,), and whether a query's own key is nearer than all others
+    (N,). `target` (N, C) is the mean key under the wanted distribution: k in MoCo (Oord et al.
+    2018). A soft target p over keys u_j adds  log-sum-exp - sum_j p_j q.u_j / T,  and that sum is
+    q.target / T. `more_keys` (M, C) are negatives, too, unless `is_own` (N, M): of one image.
     """
     target = k if target is None else target
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature
-    if fresh is not None:
-        keys, is_own = fresh
-        others = (q @ keys.T / temperature).masked_fill(is_own, -math.inf)
+    if more_keys is not None:
+        others = (q @ more_keys.T / temperature).masked_fill(is_own, -math.inf)
         logits = torch.cat([logits, others], dim=1)
     loss = logits.logsumexp(1) - (q * target).sum(1) / temperature
     return loss, logits[:, 0] > logits[:, 1:].amax(1)
 
-def info_nce(q, k, queue, temperature, target=None, fresh=None):
+def info_nce(q, k, queue, temperature, target=None, more_keys=None, is_own=None):
     """The same without the N x (1 + K) logits in memory, in one pass. Only q gets a gradient.
 
-    The gradient of a log-sum-exp is a mean under the softmax, which is what attention computes. So
-    the forward pass already holds  d loss / d q = (mean key under the softmax - target) / T.
+    Rows must have length one, and T must be 0.03 or more: see `softmax_over_keys`. The gradient of
+    a log-sum-exp is a mean under the softmax, which is what attention computes. So the forward pass
+    already holds  d loss / d q = (mean key under the softmax - target) / T.
     """
     with torch.no_grad():
         target = k if target is None else target
-        mean, loss, hit = softmax_over_keys(q, k, queue, temperature, fresh)
-        loss += (q * (k - target)).sum(1) / temperature  # it was relative to the logit of k
+        mean, loss, hit = softmax_over_keys(q, k, queue, temperature, more_keys, is_own)
+        loss += (q * (k - target)).sum(1) / temperature  # log-sum-exp - q.k becomes .. - q.target
         gradient = (mean - target) / temperature
-    zero = ((q - q.detach()) * gradient).sum(1)  # but it has that gradient
-    return loss + zero, hit
+    carrier = ((q - q.detach()) * gradient).sum(1)  # worth 0, but d carrier / d q = gradient
+    return loss + carrier, hit
 
 # ------------------------------------------------------------------------------------- 2. one step
 
-def train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, step, args):
+def train_step(moco, encoder_q, optimizer, scaler, autocast, views, step, args):
     """Queries, keys, loss, update. `encoder_q` is moco.encoder_q, under torchrun wrapped in DDP.
 
     -> (2,): mean loss, and instance accuracy: the share of queries whose own key is the nearest.
@@ -137,86 +150,90 @@ def train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, ste
     query_views, key_views, order = views
     rank, world = rank_world()
     n = args.batch // world  # images of this process
-    is_distilling = teacher is not None and step < args.teacher_steps
 
     with autocast:
-        q = encoder_q(query_views)
-        if is_distilling:  # the teacher sees the very views that the student sees
-            own_keys = [teacher([view]) for view in query_views[:len(key_views)]]
-            new_keys = [data.gather(keys) for keys in own_keys]
-        else:
-            m = cosine(args.momentum, args.momentum_end, step / args.total_steps)
-            moco.update_key_encoder(m)
-            new_keys = [moco.encode_keys(view, order) for view in key_views]
-            own_keys = [keys[rank * n:(rank + 1) * n] for keys in new_keys]
+        q = encoder_q(query_views, len(key_views))
+        if args.teacher is None:  # MoCo: update, then encode. A teacher stays as it is
+            t = step / args.total_steps
+            moco.update_key_encoder(cosine(args.momentum, args.momentum_end, t))
+        new_keys = [moco.encode_keys(view, order) for view in key_views]
+    own_keys = [keys[rank * n:(rank + 1) * n] for keys in new_keys]
     new_keys = torch.cat(new_keys)
-    k = torch.cat(own_keys + [own_keys[0]] * args.local_crops)  # each local view has the first key
+    k = torch.cat(own_keys + own_keys[:1] * args.local_crops)  # each local crop has the first key
 
     target = None
-    if is_distilling:
+    if args.teacher is not None:
         target = teacher_target(k, moco.queue, args.teacher_temp)
     elif args.smooth > 0:
         target = smooth_target(q.detach(), k, moco.queue, args.smooth, args.smooth_k)
-    fresh = None
-    if args.in_batch and not is_distilling:
-        fresh = other_keys(new_keys, len(q), n, rank, world)
-    loss, hit = info_nce(q, k, moco.queue, args.temp, target, fresh)
+    more_keys = is_own = None
+    if args.in_batch:
+        more_keys = new_keys
+        is_own = is_own_image(len(q), len(new_keys), n, q.device)
+    loss, hit = info_nce(q, k, moco.queue, args.temp, target, more_keys, is_own)
 
     scaler.scale(loss.mean()).backward()  # scales for float16 alone
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
     moco.enqueue(new_keys, step)
-    full_size = n * len(key_views)  # queries that are no local views
-    return mean_over_processes(torch.stack([loss.detach().mean(), hit[:full_size].float().mean()]))
+    n_full = n * len(key_views)  # queries that are no local crops
+    return mean_over_processes(torch.stack([loss.detach().mean(), hit[:n_full].float().mean()]))
 
 # ---------------------------------------------------------------------------- 3. the training loop
 
 def main(argv=None):
     args = parse(argv)
-    device = data.start(args.device)  # under torchrun also the process group
+    device = init_device(args.device)  # under torchrun also the process group
     rank, world = rank_world()
 
     # images, and the flags that follow from their number
-    most = 64 if device.type == "cpu" else 224  # pixels, where --size is left open
-    train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device, most)
-    fill_auto(args, len(train), world, device.type == "cpu")
-    check(args, len(train), world)
+    train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device)
+    fill_auto(args, len(train), world)
+    check(args, train, world)
     epoch_steps = len(train) // args.batch
     steps = args.total_steps
 
     # networks: from the same seed, every process draws the same weights
+    out = Path(args.out or next_free_folder(args))
+    last = None  # the last checkpoint of a run that goes on
+    if args.resume and (out / "last.pt").exists():
+        last = load_file(out / "last.pt")
     torch.manual_seed(args.seed)
-    moco, teacher, untrained = build_networks(args, device)
+    moco, untrained = build_networks(args, device, is_new=last is None)
     encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
     dtype = choose_dtype(args.precision, device, args.arch)
-    # not fused in float16: torch's momentum is garbage after a first step that overflows
+    # not fused in float16: torch's fused SGD keeps the overflow of a first step in its momentum
     optimizer = torch.optim.SGD(moco.encoder_q.parameters(), args.lr, 0.9, weight_decay=args.wd,
                                 fused=device.type != "mps" and dtype != torch.float16)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # where the run is: steps done, an entry per epoch, sums of this epoch's losses and accuracies
-    out, first, log, sums = start_or_resume(args, moco, optimizer, scaler, train)
+    first, log, sums = 0, [], torch.zeros(2, device=device)
+    if last is not None:
+        first, log, sums = restore(last, moco, optimizer, scaler, device)
+    args.images = train.fingerprint
+    state = dict(steps_done=first, digest_of_log=zlib.crc32(repr(log).encode()))
+    refuse_differences(vars(args) | dict(out=None) | state)
+    if last is None:
+        start_run(out, train, args)
     print0(f"{args.arch} on {world} x {device.type}: {len(train):,} images at {args.size} pixels, "
            f"steps {first:,} to {steps:,} of {args.batch} images, in {out}")
-    print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while real "
-           "keys take the place of the random ones in the queue; then it should fall.")
+    if first == 0:
+        print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while "
+               "real keys take the place of the random ones in the queue; then it should fall.")
 
-    moco.train()
-    data.allow_tf32(True)
-    progress = data.Progress(steps, first)
+    allow_tf32(True)
+    progress = Progress(steps, first)
     epoch_began = saved = time.time()
     epoch_first = first
-    batches = data.ahead(partial(fetch_batch, train, args), range(first, steps), train.is_far)
+    batches = train.prefetch(partial(load_batch, train, args), range(first, steps))
     for step, batch in enumerate(batches, first):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(args, step, epoch_steps)
-        if teacher is not None and step == args.teacher_steps:
-            end_distillation(moco, args.seed)
-        torch.manual_seed(data.seeded(args.seed, "dropout", step).initial_seed())  # for dropout
-        views = make_views(train, batch, args)
-        sums += train_step(moco, encoder_q, teacher, optimizer, scaler, autocast, views, step, args)
+        views = make_views(batch, args)
+        sums += train_step(moco, encoder_q, optimizer, scaler, autocast, views, step, args)
 
         # the rest reads the loss, which waits for the device: only where there is something to do
         done = step % epoch_steps + 1  # steps of this epoch
@@ -225,28 +242,27 @@ def main(argv=None):
         if not (epoch_ends or save_is_due or progress.due()):
             continue
         loss, accuracy = (sums / done).tolist()
-        refuse_infinite(loss, step, out, args)
-        speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_began)
+        stop_if_diverged(loss, step, out, args)
         epoch = step // epoch_steps + 1
+        speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_began)
+        entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy,
+                     lr=optimizer.param_groups[0]["lr"], images_per_s=speed)
         line = (f"epoch {epoch}/{math.ceil(steps / epoch_steps)}  loss {loss:.3f}  "
                 f"instance accuracy {100 * accuracy:.1f} %  {speed:.0f} images/s")
         if epoch_ends:
-            entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy,
-                         lr=optimizer.param_groups[0]["lr"], images_per_s=speed)
             if epoch % args.knn_every == 0 or step + 1 == steps:
                 measures = monitor(moco, train, test, args)
                 line += "".join(f"  {name} {value:.2f}" for name, value in measures.items())
                 entry |= measures
             log.append(entry)
             sums.zero_()
-        if rank == 0:
-            progress.show(step + 1, line, end=epoch_ends)
-            if epoch_ends or save_is_due:
-                save(out, moco, optimizer, scaler, step + 1, log, sums, args)
-                saved = time.time()
-        if epoch_ends:
             epoch_began = time.time()
             epoch_first = step + 1
+        if rank == 0:
+            progress.show(step + 1, line)
+            if epoch_ends or save_is_due:
+                save_run(out, moco, optimizer, scaler, step + 1, log, sums)
+                saved = time.time()
 
     report(out, moco.encoder_q.backbone, untrained, train, test, args)
     if world > 1:
@@ -255,43 +271,43 @@ def main(argv=None):
 
 # ------------------------------------ 4. details of the loss: the sum over the queue, soft targets
 
-def softmax_over_keys(q, k, queue, temperature, fresh=None):
-    """The softmax of q over [k, queue, fresh keys]: q, k (N, C), queue (K, C), `fresh` as above.
+def softmax_over_keys(q, k, queue, temperature, more_keys=None, is_own=None):
+    """The softmax of q over [k, queue, more_keys], as above -> the mean key under it (N, C);
+    log-sum-exp of the logits minus the own one (N,); is the own key nearer than all others (N,).
 
-    -> the mean key under it (N, C); log-sum-exp of the logits minus the own one (N,); is the own
-    key nearer than all others (N,). Relative to the own logit all is a sum over the queue, and exp
-    needs no running maximum: rows have length one, so that is at most 2 / T, 80 at T 1/40.
+    Minus the own logit all is a sum over the queue, and exp needs no running maximum: rows have
+    length one, so no logit is above 2 / T, 67 at T 0.03, and float32 holds 65,536 e^67.
     """
     own = (q * k).sum(1) / temperature
-    total, weighted, top = sums_over_queue(q, queue, 1 / temperature, own)
-    if fresh is not None:
-        keys, is_own = fresh
-        logits = torch.addmm(-own[:, None], q, keys.T, alpha=1 / temperature)
-        add_to_sums(total, weighted, top, logits.masked_fill_(is_own, -math.inf), keys)
-    mean = (weighted + k) / (1 + total)[:, None]  # the own key's weight is exp(0)
-    return mean, total.log1p(), top < 0
+    s, o, top = sums_over_queue(q, queue, 1 / temperature, own)
+    if more_keys is not None:
+        logits = torch.addmm(-own[:, None], q, more_keys.T, alpha=1 / temperature)
+        add_to_sums(s, o, top, logits.masked_fill_(is_own, -math.inf), more_keys)
+    mean = (o + k) / (1 + s)[:, None]  # the own key's weight is exp(0)
+    return mean, s.log1p(), top < 0
 
 def sums_over_queue(q, queue, scale, own):
     """With w_ij = exp(scale q_i.u_j - own_i) over the keys u_j of the queue (K, C):
 
-    sum_j w_ij (N,); sum_j w_ij u_j (N, C); the largest logit minus the own one (N,).
+    s = sum_j w_ij (N,); o = sum_j w_ij u_j (N, C); the largest logit minus the own one (N,).
     """
     if triton is not None and q.is_cuda and q.shape[1] <= 1024:  # wider, it takes much memory
         return fused_sums(q, queue, scale, own)
-    total = torch.zeros_like(own)
-    weighted = torch.zeros_like(q)
+    s = torch.zeros_like(own)
+    o = torch.zeros_like(q)
     top = torch.full_like(own, -math.inf)
-    for keys in queue.split(max(128, 2 ** 18 // len(q))):  # blocks of logits that stay in the cache
+    for keys in queue.split(max(128, 2 ** 18 // len(q))):  # 1 MB of logits stays in the cache
         logits = torch.addmm(-own[:, None], q, keys.T, alpha=scale)
-        add_to_sums(total, weighted, top, logits, keys)
-    return total, weighted, top
+        add_to_sums(s, o, top, logits, keys)
+    return s, o, top
 
-def add_to_sums(total, weighted, top, logits, keys):
-    """Take keys (M, C) and their logits (N, M) minus the own one into the sums, all in place."""
+def add_to_sums(s, o, top, logits, keys):
+    """Take keys (M, C) and their logits (N, M) minus the own one into the sums, all in place; the
+    logits are used up."""
     torch.maximum(top, logits.amax(1), out=top)
     weights = logits.exp_()
-    total += weights.sum(1)
-    weighted.addmm_(weights, keys)
+    s += weights.sum(1)
+    o.addmm_(weights, keys)
 
 triton = None
 if "TRITON_INTERPRET" in os.environ or (
@@ -300,172 +316,168 @@ if "TRITON_INTERPRET" in os.environ or (
         import triton
         import triton.language as tl
         if "TRITON_INTERPRET" not in os.environ:
-            triton.runtime.driver.active.get_current_target()  # is all there that it needs?
+            triton.runtime.driver.active.get_current_target()  # raises without driver or compiler
     except Exception as error:
         print0(f"No Triton ({str(error).splitlines()[0]}): InfoNCE in blocks, which is slower")
         triton = None
 
 if triton is not None:
     @triton.jit
-    def queue_kernel(q_ptr, queue_ptr, own_ptr, total_ptr, weighted_ptr, top_ptr, N, K, C, scale,
+    def queue_kernel(q_ptr, queue_ptr, own_ptr, s_ptr, o_ptr, top_ptr, N, K, C, scale,
                      WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
                      PART: tl.constexpr):
         # one program: ROWS queries, and a PART of the queue in blocks of KEYS
-        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         part = tl.program_id(1)
-        columns = tl.arange(0, WIDTH)  # C of them exist
-        at = rows[:, None] * C + columns
-        exists = (rows[:, None] < N) & (columns < C)
+        column = tl.arange(0, WIDTH)  # C of them exist
+        at = query[:, None] * C + column
+        exists = (query[:, None] < N) & (column < C)
         q = tl.load(q_ptr + at, mask=exists, other=0.0)
-        own = tl.load(own_ptr + rows, mask=rows < N, other=0.0)
-        total = tl.zeros([ROWS], tl.float32)
-        weighted = tl.zeros([ROWS, WIDTH], tl.float32)
+        own = tl.load(own_ptr + query, mask=query < N, other=0.0)
+        s = tl.zeros([ROWS], tl.float32)
+        o = tl.zeros([ROWS, WIDTH], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
-        for start in range(0, PART, KEYS):
-            number = part * PART + start + tl.arange(0, KEYS)
-            keys = tl.load(queue_ptr + number[:, None] * C + columns,
-                           mask=(number[:, None] < K) & (columns < C), other=0.0)
+        for begin in range(0, PART, KEYS):
+            key = part * PART + begin + tl.arange(0, KEYS)
+            keys = tl.load(queue_ptr + key[:, None] * C + column,
+                           mask=(key[:, None] < K) & (column < C), other=0.0)
             logits = tl.dot(q, tl.trans(keys)) * scale - own[:, None]
-            logits = tl.where(number[None, :] < K, logits, float("-inf"))
-            # float16 holds weights up to 65504: those of the sums so far are relative to the top
+            logits = tl.where(key[None, :] < K, logits, float("-inf"))
+            # float16 holds weights up to 65504: here they are relative to the top so far
             new_top = tl.maximum(top, tl.max(logits, 1))
             shrink = tl.exp(top - new_top)
             weights = tl.exp(logits - new_top[:, None])
-            total = total * shrink + tl.sum(weights, 1)
-            weighted = weighted * shrink[:, None] + tl.dot(weights.to(keys.dtype), keys)
+            s = s * shrink + tl.sum(weights, 1)
+            o = o * shrink[:, None] + tl.dot(weights.to(keys.dtype), keys)
             top = new_top
-        total *= tl.exp(top)
-        weighted *= tl.exp(top)[:, None]
+        s *= tl.exp(top)
+        o *= tl.exp(top)[:, None]
         # each part has a place of its own: no order of additions is left to chance
-        tl.store(total_ptr + part * N + rows, total, mask=rows < N)
-        tl.store(top_ptr + part * N + rows, top, mask=rows < N)
-        tl.store(weighted_ptr + part * N * C + at, weighted, mask=exists)
+        tl.store(s_ptr + part * N + query, s, mask=query < N)
+        tl.store(top_ptr + part * N + query, top, mask=query < N)
+        tl.store(o_ptr + part * N * C + at, o, mask=exists)
 
 def fused_sums(q, queue, scale, own, part=1024):
     """sums_over_queue as one Triton kernel: float16 operands, float32 sums."""
     n, c = q.shape
     parts = triton.cdiv(len(queue), part)
-    total = own.new_empty(parts, n)
+    s = own.new_empty(parts, n)
     top = own.new_empty(parts, n)
-    weighted = own.new_empty(parts, n, c)
+    o = own.new_empty(parts, n, c)
     width = max(16, triton.next_power_of_2(c))
-    rows = max(16, min(64, 8192 // width))
-    queue_kernel[(triton.cdiv(n, rows), parts)](
-        q.half().contiguous(), queue.half(), own, total, weighted, top, n, len(queue), c, scale,
-        WIDTH=width, ROWS=rows, KEYS=rows, PART=part)
-    return total.sum(0), weighted.sum(0), top.amax(0)
+    block = max(16, min(64, 8192 // width))  # of queries, and of keys: all must fit on the chip
+    queue_kernel[(triton.cdiv(n, block), parts)](
+        q.half().contiguous(), queue.half(), own, s, o, top, n, len(queue), c, scale,
+        WIDTH=width, ROWS=block, KEYS=block, PART=part)
+    return s.sum(0), o.sum(0), top.amax(0)
 
-def other_keys(keys, queries, n, rank, world):
-    """In-batch negatives: the keys of this step, and which are of a query's own image (N, M).
+def is_own_image(queries, keys, n, device):
+    """Of in-batch negatives: which of a step's keys are of a query's own image (queries, keys)?
 
     All keys of the queue are older than a query's own key. Where the encoder moves fast, at the
     start and in short runs, age tells them apart, and the network learns that first. Keys of other
     images as fresh as the own one (SimCLR, MoCo v3) leave nothing to learn from age.
     """
-    image_of_key = torch.arange(len(keys), device=keys.device) % (n * world)
-    image_of_query = rank * n + torch.arange(queries, device=keys.device) % n
-    return keys, image_of_query[:, None] == image_of_key
+    rank, world = rank_world()
+    image_of_query = rank * n + torch.arange(queries, device=device) % n
+    image_of_key = torch.arange(keys, device=device) % (n * world)
+    return image_of_query[:, None] == image_of_key
 
-def smooth_target(q, k, queue, share, n):
-    """1 - share on the own key, the rest evenly on the n nearest keys of the queue (Lin 2022)."""
+def smooth_target(q, k, queue, smooth, n):
+    """1 - smooth on the own key, the rest evenly on the n nearest keys of the queue (Lin 2022)."""
     nearest = (q @ queue.T).topk(n, dim=1).indices
-    return (1 - share) * k + share * queue[nearest].mean(1)
+    return (1 - smooth) * k + smooth * queue[nearest].mean(1)
 
 def teacher_target(z, queue, temperature):
     """The mean key under the teacher's softmax over [its embedding z, a queue of such] (SEED)."""
     return softmax_over_keys(z, z, queue, temperature)[0]
 
-@torch.no_grad()
-def end_distillation(moco, seed):
-    """The key encoder becomes the query encoder; the queue, full of the teacher's keys, random."""
-    moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
-    noise = torch.randn(moco.queue.shape, generator=data.seeded(seed, "queue"))
-    moco.queue.copy_(F.normalize(noise, dim=1))
-
 # ------- 5. views: a function of the step, so that a resumed run sees what an undisturbed one sees
 
-def fetch_batch(images, args, step):
-    """What a step needs, still on the CPU: images and uniform numbers of this process's queries,
-    then of its share of the shuffled keys; the shuffled order of the batch."""
-    rows, u, order = data.schedule(len(images), args.batch, args.seed, step, args.hide,
-                                   args.local_crops)
+def load_batch(images, args, step):
+    """Pixels, shapes and uniform numbers of this process's queries, and of its share of the
+    shuffled keys; the shuffled order of the whole batch. All on the device."""
+    rows, u, order = data.draw_step(len(images), args.batch, args.seed, step, args.local_crops)
     rank, world = rank_world()
     mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
-    queries = images.fetch(rows[mine]), u[:, mine]
-    keys = images.fetch(rows[order[mine]]), u[:, order[mine]]
-    return queries, keys, order
+    queries = *images.get(rows[mine]), to_device(u[:, mine], images.device)
+    shuffled = order[mine]
+    keys = *images.get(rows[shuffled]), to_device(u[:, shuffled], images.device)
+    return queries, keys, to_device(order, images.device)
 
-def make_views(images, batch, args):
-    """-> query views, key views (lists of batches), and the order of the latter, on the device."""
+def make_views(batch, args):
+    """-> query views, key views (lists of image batches), and the order of the latter."""
     queries, keys, order = batch
-    queries = put(images, *queries)
-    keys = put(images, *keys)
-    query_views = [view_of(queries, 0, args)]
-    key_views = [view_of(keys, 1, args)]
-    if args.symmetric:  # the two views change roles
-        query_views.append(view_of(queries, 1, args))
-        key_views.append(view_of(keys, 0, args))
+    numbers = [(0, 1), (1, 0)] if args.symmetric else [(0, 1)]  # both views change roles
+    if args.teacher is not None:  # the teacher sees the very view that the student sees
+        numbers = [(query, query) for query, _ in numbers]
+    query_views = [make_view(queries, query, args) for query, _ in numbers]
+    key_views = [make_view(keys, key, args) for _, key in numbers]
     if args.local_crops > 0:
-        small = [view_of(queries, 2 + i, args, is_local=True) for i in range(args.local_crops)]
+        small = [make_view(queries, 2 + i, args) for i in range(args.local_crops)]
         query_views.append(torch.cat(small))
-    return query_views, key_views, data.to_device(order, images.device)
+    return query_views, key_views, order
 
-def put(images, fetched, u):
-    """Pixels, shapes and uniform numbers on the device."""
-    return *images.put(*fetched), data.to_device(u, images.device)
+def make_view(batch, i, args):
+    """View `i` of a batch: 0 and 1 are the two views, the others local crops."""
+    pixels, shapes, u = batch
+    size, crop = args.size, args.crop
+    if i > 1:
+        size, crop = args.local_size, args.local_scale
+    return data.augment(pixels, u[i], size, shapes=shapes, **augmentation(args) | dict(crop=crop))
 
-def view_of(images, number, args, is_local=False):
-    """View `number` of images = (pixels, shapes, uniform numbers)."""
-    pixels, shapes, u = images
-    size = args.local_size if is_local else args.size
-    crop = args.local_scale if is_local else args.crop
-    return data.augment(pixels, u[number], size, crop, args.jitter, args.hue, args.gray, args.blur,
-                        shapes)
+def augmentation(args):
+    return dict(crop=args.crop, jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
 
 def save_views(images, args, path):
     """A grid: eight images (top) and two views of each, as the network sees them."""
     n = min(8, len(images))
-    rows, u, _ = data.schedule(len(images), n, args.seed, 0)
-    batch = put(images, images.fetch(rows), u)
-    original = data.center(batch[0], args.size, batch[1])
-    grid = torch.stack([original, view_of(batch, 0, args), view_of(batch, 1, args)]).cpu()
-    grid = grid.permute(0, 3, 1, 4, 2)  # (3, size, n, size, colors)
-    grid = grid * torch.tensor(data.STD) + torch.tensor(data.MEAN)
-    grid = grid.mul(255).round().clamp(0, 255).byte().reshape(3 * args.size, n * args.size, 3)
-    enlarge = max(1, 96 // args.size)
-    picture = Image.fromarray(grid.numpy())
-    picture.resize((picture.width * enlarge, picture.height * enlarge), Image.NEAREST).save(path)
+    rows, u, _ = data.draw_step(len(images), n, args.seed, 0)
+    pixels, shapes = images.get(rows)
+    batch = pixels, shapes, to_device(u, images.device)
+    original = data.center(pixels, args.size, shapes)
+    views = torch.cat([original, make_view(batch, 0, args), make_view(batch, 1, args)]).cpu()
+    views = views * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
+    views = F.interpolate(views, scale_factor=max(1, 96 // args.size))
+    grid = torch.cat([torch.cat(list(row), dim=2) for row in views.split(n)], dim=1)
+    grid = (255 * grid).round().clamp(0, 255).byte()
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
 
 # ------------------------------------------------------------------------------------- 6. networks
 
-def build_networks(args, device):
-    """MoCo, the teacher or None, and the backbone as it was drawn, all on the device."""
-    backbone = models.build(args.arch, args.stem, args.size)
-    untrained = copy.deepcopy(backbone).eval().to(device, memory_format=torch.channels_last)
+def build_networks(args, device, is_new):
+    """MoCo, and the backbone as it was drawn, on the device. A run that goes on (not `is_new`) has
+    its weights from last.pt, and reads no other file."""
+    backbone = models.build(args.arch, args.stem)
+    untrained = to_evaluate(copy.deepcopy(backbone), device)  # for the report
     if args.zero_init:
         models.start_as_identity(backbone)
-    if args.init is not None:
-        weights, info = models.read_backbone(args.init, args.arch)
-        try:
-            backbone.load_state_dict(weights)
-        except RuntimeError:
-            raise InputError(f"--init {args.init}: has the {info['stem']} stem; give it as --stem")
-        print0(f"--init {args.init}: {info['arch']}, dropped {len(info['dropped'])} other tensors")
-    head = models.make_head(args.head, backbone.dim, args.dim)
-    encoder = Encoder(backbone, head)
+    if args.init is not None and is_new:
+        backbone.load_state_dict(read_checkpoint(args.init, args.arch, args.stem)[0].state_dict())
+    encoder = Encoder(backbone, models.make_head(args.head, backbone.dim, args.dim))
     moco = MoCo(encoder, args.dim, args.queue, args.bn_splits // rank_world()[1])
-    moco.to(device, memory_format=torch.channels_last)
+    if args.teacher is not None:
+        moco.encoder_k = build_teacher(args, is_new).eval().requires_grad_(False)
+    moco.to(device, memory_format=data.layout(device))
     if device.type == "cpu":
         models.speed_up_small_maps(moco)
-    if args.teacher is None:
-        return moco, None, untrained
-    teacher = Encoder(*models.read_teacher(args.teacher, args.teacher_arch))
-    teacher.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    width = teacher([torch.zeros(1, 3, args.size, args.size, device=device)]).shape[1]
+    return moco, untrained
+
+def build_teacher(args, is_new):
+    """SEED (Fang et al. 2021) is MoCo whose key encoder is a trained network that stays as it is,
+    sees the query's own view, and says how much each key of the queue resembles it."""
+    if is_new:
+        backbone, known = read_checkpoint(args.teacher, args.teacher_arch, args.teacher_stem)
+        head, args.teacher_head = read_head(args.teacher)
+        args.teacher_arch, args.teacher_stem = known["arch"], known["stem"]
+    else:
+        backbone = models.build(args.teacher_arch, args.teacher_stem)
+        head = models.perceptron(args.teacher_head)
+    width = (args.teacher_head or [backbone.dim])[-1]
     if width != args.dim:
         raise InputError(f"--teacher {args.teacher}: embeds in {width} dimensions; "
                          f"give --dim {width}")
-    return moco, teacher, untrained
+    return Encoder(backbone, head)
 
 def choose_dtype(precision, device, arch):
     """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16), and for ResNets on
@@ -475,87 +487,42 @@ def choose_dtype(precision, device, arch):
     if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     if device.type == "cpu" and arch.startswith("resnet"):
-        features = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has no such function
-        if features.get("avx512_bf16"):
-            return torch.bfloat16
+        if hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 has no such function
+            if torch.cpu.get_capabilities().get("avx512_bf16"):
+                return torch.bfloat16
     return torch.float32
 
 # --------------------------------------------------------------------------- 7. monitor and report
 
 def monitor(moco, train, test, args):
-    """What `judge` says of the backbone while it trains."""
-    data.share_buffers(moco.encoder_q)
-    moco.eval()
-    data.allow_tf32(False)
-    measures = judge(moco.encoder_q.backbone, train, test, args)
-    data.allow_tf32(True)
-    moco.train()
-    return measures
-
-def judge(network, train, test, args, probe=False):
-    """kNN and, with `probe`, linear accuracy in % of a network's features on held-out images.
-
-    Neighbours and probe come from at most 50,000 training images, 10,000 on a CPU. Without labels:
-    alignment and uniformity of two views, drawn as in training, of up to 2,000 images; lower is
-    better, of both together.
-    """
-    if test is None:
-        rows = torch.randperm(len(train), generator=data.seeded("apart"))[:2000]
-        views = torch.rand(2, len(rows), data.COLUMNS, generator=data.seeded("views"))
-        a, b = [linear_eval.extract(network, train, args.size, rows, u, crop=args.crop,
-                                    jitter=args.jitter, hue=args.hue, gray=args.gray,
-                                    blur=args.blur)[0] for u in views]
-        return dict(alignment=linear_eval.alignment(a, b).item(),
-                    uniformity=linear_eval.uniformity(a))
-    rows = (train.labels >= 0).nonzero()[:, 0]
-    rows = rows[torch.randperm(len(rows), generator=data.seeded("probe"))]
-    rows = rows[:10_000 if train.device.type == "cpu" else 50_000]
-    train_x, train_y = linear_eval.extract(network, train, args.size, rows)
-    test_x, test_y = linear_eval.extract(network, test, args.size)
-    measures = dict(knn=linear_eval.knn(train_x, train_y, test_x, test_y))
-    if probe:
-        weight, bias = linear_eval.linear_probe(train_x, train_y, len(train.classes))
-        measures["linear"] = linear_eval.accuracy(weight, bias, test_x, test_y)
+    """What `judge` says of the backbone while it trains: {measure: %}."""
+    share_buffers(moco.encoder_q)
+    moco.encoder_q.eval()
+    allow_tf32(False)
+    measures = judge(moco.encoder_q.backbone, train, test, args.size, **augmentation(args))
+    allow_tf32(True)
+    moco.encoder_q.train()
     return measures
 
 def report(out, learned, untrained, train, test, args):
     """What the features are worth, beside those of random weights and beside raw pixels."""
-    data.allow_tf32(False)
-    networks = {"learned": learned.eval(), "random weights": untrained}
-    if test is None:
-        print0("\nfeatures          alignment  uniformity")
-    else:
-        print0(f"\nfeatures              kNN %    linear %   ({len(test):,} held-out images, "
-               f"{len(train.classes)} classes)")
-        networks["raw pixels"] = linear_eval.Pixels()
+    allow_tf32(False)
+    networks = {"learned": learned.eval(), "random weights": untrained, "raw pixels": Pixels()}
+    print0("")
     for name, network in networks.items():
-        first, second = judge(network, train, test, args, probe=True).values()
-        print0(f"{name:<16}{first:>11.2f}{second:>12.2f}")
-    print0(f"\nThe network is {out}/backbone.pt (torchvision's names). Look at {out}/views.png, try"
-           f"\n  python linear_eval.py {out}\n  python analyze.py {out} random")
+        measures = judge(network, train, test, args.size, with_probe=True, **augmentation(args))
+        if name == "learned":
+            print0("features        " + "".join(f"{key + ' %':>12}" for key in measures))
+        print0(f"{name:<16}" + "".join(f"{value:>12.2f}" for value in measures.values()))
+    if test is None:
+        print0("(found: so many images are found first by another view of themselves)")
+    else:
+        print0(f"({len(test):,} held-out images, {len(train.classes)} classes)\n\n"
+               f"python linear_eval.py {out}       # more numbers")
+    print0(f"python analyze.py {out} random    # a map of the images, and the feature space\n"
+           f"{out}/backbone.pt is the network, with torchvision's names; views.png, what it saw")
 
-# ---------------------------------------------------------------------------------------- 8. files
-
-def start_or_resume(args, moco, optimizer, scaler, train):
-    """Make the run's folder, or with --resume load its last checkpoint if there is one.
-
-    -> the folder, steps done, log, sums of the epoch so far.
-    """
-    out = Path(args.out or next_free_folder(args))
-    if args.resume and (out / "last.pt").exists():
-        last = data.load_file(out / "last.pt")
-        moco.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        return out, last["step"], last["log"], last["sums"].to(train.device)
-    if (out / "last.pt").exists() or (out / "log.jsonl").exists():
-        raise InputError(f"--out {out}: holds a run already; go on with it (--resume), or name "
-                         "another folder")
-    if rank_world()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        data.save(out / "args.json", json.dumps(vars(args), indent=1))
-        save_views(train, args, out / "views.png")
-    return out, 0, [], torch.zeros(2, device=train.device)
+# --------------------------------------------------------------------------- 8. the run's folder
 
 def next_free_folder(args):
     """runs/DATA-ARCH-1, or the first number that is not taken."""
@@ -564,25 +531,63 @@ def next_free_folder(args):
         i += 1
     return path
 
-def save(out, moco, optimizer, scaler, step, log, sums, args):
+def restore(last, moco, optimizer, scaler, device):
+    """-> steps done, log, sums of the epoch so far."""
+    fused = optimizer.param_groups[0]["fused"]
+    try:
+        moco.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        step, log, sums = last["step"], last["log"], last["sums"].to(device)
+    except (RuntimeError, LookupError, TypeError, ValueError):
+        raise InputError("last.pt: not of the run that args.json beside it describes") from None
+    for group in optimizer.param_groups:
+        group["fused"] = fused  # the device may be another one
+    return step, log, sums
+
+def refuse_differences(facts):
+    """End all processes with one line unless they hold the same facts, {what: value}."""
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    for what in facts:
+        for rank, other in enumerate(everyone):
+            if other[what] != everyone[0][what]:
+                raise InputError(
+                    f"{what}: process 0 has {everyone[0][what]}, process {rank} has {other[what]}; "
+                    "give all nodes the same flags, images and folder of the run")
+
+def start_run(out, train, args):
+    """args.json: the flags; views.png: what the network sees."""
+    if rank_world()[0] > 0:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if not (args.resume and (out / "args.json").exists()):
+        try:
+            with open(out / "args.json", "x") as file:  # of two runs that begin at once, one can
+                file.write(json.dumps(vars(args), indent=1))
+        except FileExistsError:
+            raise holds_a_run(out) from None
+    save_views(train, args, out / "views.png")
+
+def holds_a_run(out):
+    return InputError(f"--out {out}: holds a run already; go on with it (--resume), or name "
+                      "another folder")
+
+def save_run(out, moco, optimizer, scaler, step, log, sums):
     """backbone.pt: the network; log.jsonl: an object an epoch; last.pt: all that --resume needs.
 
     last.pt comes last: killed before it is renamed, a run goes on from the one before.
     """
     backbone = {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()}
-    try:
-        data.save(out / "backbone.pt", backbone)
-        data.save(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-        data.save(out / "last.pt", dict(
-            model=moco.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            step=step, log=log, sums=sums))
-    except OSError as error:
-        if step == args.total_steps:
-            raise InputError(f"{error}: the run is at its end, but not saved; make room, then go "
-                             "on with --resume") from None
-        print(f"{error}: not saved; training goes on, and the next save tries again", flush=True)
+    save(out / "backbone.pt", backbone)
+    save(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    save(out / "last.pt", dict(
+        model=moco.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+        step=step, log=log, sums=sums))
 
-def refuse_infinite(loss, step, out, args):
+def stop_if_diverged(loss, step, out, args):
     """End a run whose loss is no number, before it overwrites its last good checkpoint."""
     if not math.isfinite(loss):
         raise InputError(
@@ -592,12 +597,15 @@ def refuse_infinite(loss, step, out, args):
 
 # -------------------------------------------------------------------------- 9. schedules and flags
 
+def cosine(start, end, t):
+    """From `start` at t = 0 to `end` at t = 1, along half a cosine."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
+
 def learning_rate(args, step, epoch_steps):
+    """A linear warm-up times a cosine down to zero."""
     warmup = 1.0
     if args.warmup > 0:
         warmup = min(1, (step + 1) / (args.warmup * epoch_steps))
-    if args.schedule == "constant":
-        return warmup * args.lr
     return warmup * cosine(args.lr, 0, step / args.total_steps)
 
 RECIPES = {
@@ -607,189 +615,218 @@ RECIPES = {
     "local": dict(local_crops=6, local_scale=[0.05, 0.3], crop=[0.3, 1.0]),  # Tan et al. 2023
 }
 
+# What flags are that are left open, in runs under 5,000 steps and in longer ones, which are MoCo's.
+# SHORT: a slow key encoder would never catch up; in-batch negatives: see is_own_image; two small
+# crops have little in common, which takes long to learn; lr is for 256 images a step.
+SHORT = dict(stem="imagenet", zero_init=True, momentum=0.8, in_batch=True, crop=[0.35, 1.0],
+             lr=0.04)
+LONG = dict(stem="imagenet", zero_init=False, momentum=0.99, in_batch=False, crop=[0.2, 1.0],
+            lr=0.03)
+
 def parse(argv):
     """Flags. In brackets: the default, or the rule in fill_auto that picks it."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
+    switch = argparse.BooleanOptionalAction
+    temperature = partial(number, 0.03, 99, float)  # see softmax_over_keys
+    low_high = dict(type=share, nargs=2, metavar=("LO", "HI"))
+
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="fractals", help="fractals, cifar10, cifar100, stl10, or a folder")
+    add("--data", default="letters", help="letters, cifar10, cifar100, stl10, or a folder")
     add("--root", default="data", help="folder of downloaded and decoded data sets [data]")
-    add("--size", type=int, help="side of a view [the images' shorter side, at most 224, on a "
-        "CPU 64]")
-    add("--keep", type=int, help="side at which a folder's images are stored [theirs, from --size "
-        "to 1.5 --size]")
+    add("--size", type=side, help="of a view [the images' own, at most 224, on a CPU 64]")
+    add("--keep", type=side, help="of a stored image [its own, from --size to 1.5 --size]")
 
     add = parser.add_argument_group("network").add_argument
-    add("--arch", default="mobilenetv3", help=", ".join(models.ARCHS))
-    add("--stem", help="imagenet, or small (stride 1) [small to 64 pixels, not on a CPU]")
-    add("--head", default="simple", help="linear, simple, wide, deep, dropout, or a hidden width "
-        "[simple; Shi 2022: wide]")
-    add("--dim", type=int, default=128, help="width C of the embedding [128]")
+    add("--arch", default="mobilenetv3", choices=list(models.ARCHS), help="[mobilenetv3]")
+    add("--stem", choices=models.STEMS, help="[imagenet; small in long runs up to 64 pixels]")
+    add("--head", default="simple", help="linear, simple, wide (Shi 2022), deep, a width [simple]")
+    add("--dim", type=count, default=128, help="width C of the embedding [128]")
     add("--init", help="start from the backbone of this checkpoint [random weights]")
-    add("--zero-init", action=argparse.BooleanOptionalAction, help="residual blocks start as the "
-        "identity (Goyal 2017) [in runs under 5,000 steps]")
+    add("--zero-init", action=switch, help="residual blocks start as the identity (Goyal 2017) "
+        "[in short runs]")
 
     add = parser.add_argument_group("contrast").add_argument
-    add("--temp", type=float, default=0.2, help="temperature T [0.2; Shi 2022: 0.1]")
-    add("--momentum", type=float, help="m of the key encoder [MoCo: 0.999; 0.99 under 100,000 "
-        "steps, 0.8 under 5,000]")
-    add("--queue", type=int, help="keys K in the queue [MoCo: 65536; a tenth of the images, and no "
-        "key staler than MoCo's]")
-    add("--in-batch", action=argparse.BooleanOptionalAction, help="the step's other keys are "
-        "negatives, too (SimCLR, MoCo v3) [in runs under 5,000 steps]")
-    add("--bn-splits", type=int, help="parts of the shuffled keys for BatchNorm [MoCo: 8; at "
+    add("--temp", type=temperature, default=0.2, help="temperature T [0.2; Shi 2022: 0.1]")
+    add("--momentum", type=share, help="m of the key encoder [0.8 in short runs, 0.99 in long "
+        "ones, MoCo's 0.999 from 100,000 steps on]")
+    add("--queue", type=count, help="keys K in the queue [MoCo: 65536; a tenth of the images, and "
+        "no key staler than MoCo's]")
+    add("--in-batch", action=switch, help="the step's other keys are negatives, too (SimCLR, MoCo "
+        "v3) [in short runs]")
+    add("--bn-splits", type=count, help="parts of the shuffled keys for BatchNorm [MoCo: 8; at "
         "least 2, of 64 images or more]")
 
     add = parser.add_argument_group("beyond MoCo v2").add_argument
     add("--symmetric", action="store_true", help="both views are query and key (Lin 2022)")
-    add("--smooth", type=float, default=0, help="share of the target on near keys (Lin 2022) [0]")
-    add("--smooth-k", type=int, default=5, help="on how many [5]")
-    add("--momentum-end", type=float, help="m goes there along a cosine (Lin 2022: 1) [constant]")
-    add("--local-crops", type=int, default=0, help="small query views more (Tan 2023: 6) [0]")
-    add("--local-size", type=int, help="their side in pixels [4/7 of --size, as 128 of 224]")
-    add("--local-scale", type=float, default=[0.05, 0.3], nargs=2, metavar=("LO", "HI"),
-        help="range of their area [0.05 0.3]")
-    add("--teacher", help="distill this checkpoint first (SEED, Fang 2021)")
-    add("--teacher-arch", help="its network, where args.json does not tell")
-    add("--teacher-epochs", type=float, help="for how long [a tenth of the run]")
-    add("--teacher-temp", type=float, default=0.01, help="temperature of its softmax [0.01]")
+    add("--smooth", type=partial(number, 0, 0.999, float), default=0, help="share of the target on "
+        "near keys (Lin 2022) [0]")
+    add("--smooth-k", type=count, default=5, help="on how many [5]")
+    add("--momentum-end", type=share, help="m goes there along a cosine (Lin 2022: 1) [constant]")
+    add("--local-crops", type=partial(number, 0, 99, int), default=0, help="additional small query "
+        "views (Tan 2023: 6) [0]")
+    add("--local-size", type=side, help="[4/7 of --size, as 128 of 224]")
+    add("--local-scale", default=[0.05, 0.3], help="range of their area [0.05 0.3]", **low_high)
+    add("--teacher", help="distill this checkpoint (SEED, Fang 2021) instead of MoCo; --init then "
+        "starts a MoCo from the result")
+    add("--teacher-arch", choices=list(models.ARCHS), help="[as its args.json says]")
+    add("--teacher-stem", choices=models.STEMS, help="[as its args.json says, or imagenet]")
+    add("--teacher-temp", type=partial(number, 0.003, 99, float), default=0.01, help="[0.01]")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", type=float, nargs=2, metavar=("LO", "HI"),
-        help="range of the crop's area [MoCo: 0.2 1; 0.35 1 under 2,000 steps]")
-    add("--jitter", type=float, default=0.4, help="of brightness and the like [0.4; Shi 2022: 0.8]")
-    add("--hue", type=float, default=0.1, help="hue jitter in turns [0.1; Shi 2022: 0.4]")
-    add("--gray", type=float, default=0.2, help="probability of grayscale [0.2; Shi 2022: 0.5]")
-    add("--blur", type=float, default=0.5, help="probability of Gaussian blur [0.5]")
-    add("--hide", action="store_true", help="hide-and-seek (Singh & Lee 2017, Shi 2022)")
+    add("--crop", help="range of its area [MoCo: 0.2 1; 0.35 1 in short runs]", **low_high)
+    add("--jitter", type=factor, default=0.4, help="of brightness, contrast, saturation [0.4; Shi "
+        "2022: 0.8]")
+    add("--hue", type=factor, default=0.1, help="jitter in turns [0.1; Shi 2022: 0.4]")
+    add("--gray", type=share, default=0.2, help="probability of grayscale [0.2; Shi 2022: 0.5]")
+    add("--blur", type=share, default=0.5, help="probability of Gaussian blur [0.5]")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, help="passes over the images [MoCo: 200; on a CPU fewer: a first "
-        "result in minutes]")
-    add("--steps", type=int, default=0, help="length of the run in steps, instead of --epochs")
-    add("--batch", type=int, help="images a step, over all processes [MoCo: 256; 1/80 of all, at "
+    add("--epochs", type=count, help="passes over the images [a first result in minutes: 75,000 "
+        "images at 32 pixels, at least 10 epochs, at most MoCo's 200]")
+    add("--steps", type=count, help="length of the run in steps, instead of --epochs")
+    add("--batch", type=count, help="images a step, over all processes [MoCo: 256; 1/80 of all, at "
         "least 64]")
-    add("--lr", type=float, help="of SGD [MoCo: 0.03 per 256 images a step; 0.04 to 5,000 steps]")
-    add("--wd", type=float, default=1e-4, help="weight decay [1e-4]")
-    add("--warmup", type=float, help="epochs of linear warm-up [MoCo: 0; 2 under 5,000 steps]")
-    add("--schedule", default="cosine", choices=["cosine", "constant"], help="of --lr [cosine]")
+    add("--lr", type=factor, help="of SGD [MoCo: 0.03 for 256 images; 0.04 in short runs]")
+    add("--wd", type=share, default=1e-4, help="weight decay [1e-4]")
+    add("--warmup", type=factor, help="in epochs, linear [MoCo: 0; 2 in short runs]")
 
     add = parser.add_argument_group("run").add_argument
     add("--recipe", default="moco-v2", choices=list(RECIPES), help="a set of the flags above, each "
         "of which still overrides it [moco-v2]")
     add("--out", help="folder of the run [runs/DATA-ARCH-N]")
-    add("--resume", action="store_true", help="go on with the run in --out, with its flags")
-    add("--save-every", type=float, default=10, help="minutes between checkpoints in an epoch [10]")
-    add("--knn-every", type=int, help="epochs between looks at held-out images [1/5 of the run]")
+    add("--resume", action="store_true", help="go on with the run in --out; start it if there is "
+        "none")
+    add("--save-every", type=factor, default=10, help="minutes between checkpoints [10]")
+    add("--knn-every", type=count, help="epochs between looks at held-out images [1/5 of the run]")
     add("--seed", type=int, default=0, help="of weights, order and views [0]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of the networks [bfloat16 on GPUs that have it, and for ResNets on such CPUs; else "
         "float32; on a T4: float16]")
 
-    # a recipe, and the flags of a run that goes on, are defaults: what is typed overrides them
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])  # what is typed overrides them
     args = parser.parse_args(argv)
-    parser.set_defaults(**RECIPES[args.recipe])
-    if args.resume:
-        if args.out is None:
-            raise InputError("--resume: name the run's folder with --out")
-        if (Path(args.out) / "args.json").is_file():
-            parser.set_defaults(**data.read_json(Path(args.out) / "args.json"))
-    return parser.parse_args(argv)
+    untyped = argparse.Namespace(**dict.fromkeys(vars(args)))
+    return flags_of_the_run(args, vars(parser.parse_args(argv, untyped)))
 
-def fill_auto(args, n, world, on_cpu=False):
+def flags_of_the_run(args, typed):
+    """A run that goes on keeps its flags; only where and how it runs may be typed anew."""
+    if args.out is None:
+        if args.resume:
+            raise InputError("--resume: name the run's folder with --out")
+        return args
+    file = Path(args.out) / "args.json"
+    if not file.is_file():
+        if (Path(args.out) / "last.pt").exists():
+            raise InputError(f"--out {args.out}: holds last.pt, but not the run's args.json")
+        return args
+    if not args.resume:
+        raise holds_a_run(args.out)
+    saved = read_json(file)
+    if not vars(args).keys() <= saved.keys():
+        raise InputError(f"{file}: of another version, without "
+                         f"{min(vars(args).keys() - saved.keys())}; begin another run")
+    for name, value in typed.items():
+        if name in ("device", "save_every", "knn_every"):
+            saved[name] = value or saved[name]
+        elif name not in ("out", "resume") and value not in (None, saved[name]):
+            raise InputError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
+                             f"{saved[name]}; leave the flag out, or begin another run")
+    return argparse.Namespace(**(saved | dict(out=args.out, resume=True)))
+
+def fill_auto(args, n, world):
     """Flags left open, from the number n of images. Each rule may use the flags above it."""
     open_flags = [name for name, value in vars(args).items() if value is None]
-    if args.stem is None:
-        args.stem = models.default_stem(args.size, on_cpu)
     if args.batch is None:
         args.batch = power_of_two(min(256, max(64, n // 80), n // 4))
         args.batch = math.ceil(max(4, args.batch) / world) * world
-    if args.epochs is None:
-        args.epochs = 200
-        if on_cpu:  # 75,000 images at 32 pixels: a first result in minutes
-            args.epochs = max(10, min(200, 2_400_000 // args.size // n))
-    epoch_steps = max(1, n // max(1, args.batch))
+    if args.epochs is None and args.steps is None:
+        args.epochs = max(10, min(200, 2_400_000 // args.size // n))
+    epoch_steps = max(1, n // args.batch)
     args.total_steps = args.steps or args.epochs * epoch_steps
     is_short = args.total_steps < 5_000
-    if args.momentum is None:  # a key encoder that lags far behind in a short run teaches the past
+    for name, value in (SHORT if is_short else LONG).items():
+        if name in open_flags:
+            setattr(args, name, value)
+    if "stem" in open_flags and not is_short and args.size <= 64:
+        args.stem = "small"
+    if "momentum" in open_flags and args.total_steps >= 100_000:
         args.momentum = 0.999
-        if args.total_steps < 100_000:
-            args.momentum = 0.99
-        if is_short:
-            args.momentum = 0.8
-    if args.zero_init is None:  # see models.start_as_identity
-        args.zero_init = is_short
-    if args.in_batch is None:  # see other_keys
-        args.in_batch = is_short
-    if args.crop is None:  # two small crops of an image have little in common: that takes long
-        args.crop = [0.35, 1.0] if args.total_steps < 2_000 else [0.2, 1.0]
-    if args.queue is None:  # no key staler than MoCo's, of 256 steps at m = 0.999: else queries
-        # learn to tell old keys from new ones
+    if "in_batch" in open_flags and args.teacher is not None:  # SEED has the queue alone
+        args.in_batch = False
+    if "lr" in open_flags:
+        args.lr *= args.batch / 256
+    if args.warmup is None:  # a network that outruns its keys has no time to recover
+        args.warmup = min(2, args.total_steps / epoch_steps / 7) if is_short else 0
+    if args.queue is None:
+        # MoCo's queue spans 256 steps, in which f_k moves by 256 (1 - m) = 0.256; staler keys are
+        # told from new ones. With an eighth of the images or less, fewer than 1 % of the queries
+        # meet a key of their own image, from the end of the epoch before
         keys = 2 * args.batch if args.symmetric else args.batch
-        steps = round(0.256 / max(1e-6, 1 - args.momentum), 3)
-        longest = power_of_two(min(65536, n // 10, steps * args.batch))
-        args.queue = min(n, max(2 * keys, longest))
+        spanned = round(0.256 / max(1e-6, 1 - args.momentum), 3)
+        longest = power_of_two(min(65536, n // 10, spanned * args.batch))
+        args.queue = max(keys, min(max(2 * keys, longest), n // 8))
     if args.bn_splits is None:  # MoCo's 8, but parts of at least 64 images, and at least 2 parts
         most = max(2, world, min(8, args.batch // 64))
         fitting = [i for i in range(world, most + 1, world) if args.batch % i == 0]
         args.bn_splits = max(fitting, default=world)
-    if args.lr is None:
-        args.lr = (0.04 if is_short else 0.03) * args.batch / 256
-    if args.warmup is None:
-        args.warmup = 0
-        if is_short:  # a network that outruns its keys has no time to recover
-            args.warmup = min(2, args.total_steps / epoch_steps / 7)
     if args.knn_every is None:
         args.knn_every = max(1, args.total_steps // epoch_steps // 5)
-    picked = [name for name in open_flags if getattr(args, name) is not None]
-    if picked:
-        print0(f"picked for {n:,} images: " + " ".join(
-            f"--{name.replace('_', '-')} {getattr(args, name)}" for name in picked))
+    picked = [as_flag(name, getattr(args, name)) for name in open_flags]
+    if any(picked):
+        print0(f"picked for a {'short' if is_short else 'long'} run on {n:,} images: "
+               + " ".join(filter(None, picked)))
     if args.momentum_end is None:
         args.momentum_end = args.momentum
     if args.local_size is None:
         args.local_size = max(8, round(args.size / 7) * 4)
-    if args.teacher_epochs is None:
-        args.teacher_epochs = args.total_steps / epoch_steps / 10
-    args.teacher_steps = min(args.total_steps, round(args.teacher_epochs * epoch_steps))
+
+def as_flag(name, value):
+    """As it would be typed; nothing for what is still open."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    numbers = value if isinstance(value, list) else [value]
+    return " ".join([f"--{flag}"] + [f"{v:g}" if isinstance(v, float) else str(v) for v in numbers])
 
 def power_of_two(n):
     """The largest one up to n."""
     return 2 ** int(math.log2(max(1, n)))
 
-def check(args, n, world):
+def check(args, images, world):
     """Refuse what cannot work, in one line that says how to fix it."""
+    n = len(images)
     keys = 2 * args.batch if args.symmetric else args.batch
     splits = args.bn_splits
+    if getattr(args, "images", images.fingerprint) != images.fingerprint:
+        raise InputError(f"--data {args.data}: the run in {args.out} began with other images; put "
+                         "them back, or begin another run (--init takes its weights)")
     if n < 5:
         raise InputError(f"--data {args.data}: too few images to learn from ({n}); add some")
     if args.batch > n:
         raise InputError(f"--batch {args.batch}: there are only {n} images; lower it")
-    if args.batch < 2 or args.batch % world != 0:
-        raise InputError(f"--batch {args.batch}: must be 2 or more, a multiple of the {world} "
-                         "processes")
-    if not keys < args.queue <= n:  # beyond, an image would meet itself as a negative
-        raise InputError(f"--queue {args.queue}: must be more than the {keys} keys of a step, and "
+    if args.batch % world != 0:
+        raise InputError(f"--batch {args.batch}: must be a multiple of the {world} processes")
+    if not keys <= args.queue <= n:
+        raise InputError(f"--queue {args.queue}: must be at least the {keys} keys of a step, and "
                          f"at most the {n} images")
     if splits < 1 or args.batch % splits != 0 or splits % world != 0 or args.batch < 2 * splits:
         raise InputError(f"--bn-splits {splits}: must divide --batch {args.batch} into parts of 2 "
                          f"or more, the same number on each of {world} processes")
-    if args.temp < 0.025:  # see softmax_over_keys
-        raise InputError(f"--temp {args.temp}: must be 0.025 or more; 0.05 to 0.5 is usual")
-    for flag, low, high in (("momentum", 0, 1), ("momentum_end", 0, 1), ("smooth", 0, 0.999),
-                            ("smooth_k", 1, args.queue), ("local_crops", 0, 99),
-                            ("local_size", 8, 4096), ("teacher_temp", 1e-4, 99), ("jitter", 0, 99),
-                            ("hue", 0, 99), ("gray", 0, 1), ("blur", 0, 1), ("dim", 1, 65536),
-                            ("epochs", 1, 1e9), ("steps", 0, 1e12), ("lr", 1e-12, 1e3),
-                            ("knn_every", 1, 1e9), ("size", 8, 4096)):
-        value = getattr(args, flag)
-        if not low <= value <= high:
-            raise InputError(f"--{flag.replace('_', '-')} {value}: must be within {low}..{high}")
-    for flag in ("crop", "local_scale"):
-        low, high = getattr(args, flag)
-        if not 0 < low <= high <= 1:
-            raise InputError(f"--{flag.replace('_', '-')} {low} {high}: must be 0 < LO <= HI <= 1")
+    if args.head not in models.HEADS and not (args.head.isdigit() and int(args.head) > 0):
+        raise InputError(f"--head {args.head}: choose from {', '.join(models.HEADS)}, or a width")
+    if args.smooth > 0 and args.smooth_k > args.queue:
+        raise InputError(f"--smooth-k {args.smooth_k}: the queue has only {args.queue} keys")
+    if args.teacher is not None and (args.smooth > 0 or args.in_batch):
+        raise InputError("--teacher: its target takes neither --smooth nor --in-batch")
+    for flag, (low, high) in (("crop", args.crop), ("local-scale", args.local_scale)):
+        if low > high:
+            raise InputError(f"--{flag} {low} {high}: LO must be at most HI")
+    if args.queue > n // 7:
+        print0(f"--queue {args.queue} is long for {n:,} images: {50 * (args.queue / n) ** 2:.0f} % "
+               "of the queries will meet an older key of their own image as a negative")
 
 if __name__ == "__main__":
     try:

@@ -727,9 +727,11 @@ def flags_of_the_run(args, typed):
         raise InputError(f"{file}: of another version, without "
                          f"{min(vars(args).keys() - saved.keys())}; begin another run")
     for name, value in typed.items():
+        if value is None or name in ("out", "resume"):
+            continue
         if name in ("device", "save_every", "knn_every"):
-            saved[name] = value or saved[name]
-        elif name not in ("out", "resume") and value not in (None, saved[name]):
+            saved[name] = value
+        elif value != saved[name]:
             raise InputError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
                              f"{saved[name]}; leave the flag out, or begin another run")
     return argparse.Namespace(**(saved | dict(out=args.out, resume=True)))

@@ -458,7 +458,7 @@ def decoded(files, source, classes, side, folder, prefix, device):
                 if older:
                     size = sum(path.stat().st_size for path in older)
                     print(f"of older states of the folder there are {size:,} bytes; remove them "
-                          f"with  rm {' '.join(str(path) for path in older)}", flush=True)
+                          f"with  rm {' '.join(f'{path.parent / path.stem}.*' for path in older)}")
     index = load_file(index_file)
     rows = index["rows"].tolist()
     if not rows:

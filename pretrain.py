@@ -512,7 +512,8 @@ def report(out, learned, untrained, train, test, args):
     for name, network in networks.items():
         measures = judge(network, train, test, args.size, with_probe=True, **augmentation(args))
         if name == "learned":
-            print0("features        " + "".join(f"{key + ' %':>12}" for key in measures))
+            names = [key.replace("knn", "kNN") + " %" for key in measures]
+            print0("features        " + "".join(f"{key:>12}" for key in names))
         print0(f"{name:<16}" + "".join(f"{value:>12.2f}" for value in measures.values()))
     if test is None:
         print0("(found: so many images are found first by another view of themselves)")

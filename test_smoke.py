@@ -1538,6 +1538,16 @@ def test_formats_evaluate_alike_and_the_classifier_is_torchvisions(tmp_path, mon
     guess = classifier(data.center(test.pixels, 32, test.shapes)).argmax(1)
     right = 100 * (guess == test.labels).float().mean().item()
     assert right == pytest.approx(tables[0]["linear"]["top1"])
+    text = (HERE / "README.md").read_text()
+    lines = re.search(r"# a classifier.*?(?=\n\nimport timm)", text, re.S)[0]
+    for written, here in (("mobilenet_v3_large(num_classes=10)", "resnet18(num_classes=3)"),
+                          ("runs/NAME/eval-FOLDER", "out-run"), ("[64, 64]", "[32, 32]"),
+                          ("photo.jpg", "images/test/a/0 é.jpg"), ("print(", "answer = (")):
+        assert written in lines
+        lines = lines.replace(written, here)
+    scope = dict(torch=torch, torchvision=torchvision)
+    exec(lines, scope)
+    assert scope["answer"].indices[0, 0] == guess[0]
 
 def test_two_processes_analyze_as_one(tmp_path, one_thread):
     make_folder(tmp_path / "images/train", per=101)

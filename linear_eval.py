@@ -505,7 +505,8 @@ def main(argv=None):
     scores = F.linear(test_x, weight, bias)
     table["linear"] = measure(scores, test_y)
     if rank_world()[0] == 0:
-        per_class = dict(zip(classes, accuracy_of_classes(scores, test_y).tolist()))
+        each = accuracy_of_classes(scores, test_y).tolist()
+        per_class = {name: None if math.isnan(p) else p for name, p in zip(classes, each)}
         write(args, table, net, weight, bias, per_class, time.time() - began)
     if dist.is_initialized():
         dist.destroy_process_group()

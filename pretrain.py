@@ -619,10 +619,8 @@ RECIPES = {
 # What flags are that are left open, in runs under 5,000 steps and in longer ones, which are MoCo's.
 # SHORT: a slow key encoder would never catch up; in-batch negatives: see is_own_image; two small
 # crops have little in common, which takes long to learn; lr is for 256 images a step.
-SHORT = dict(stem="imagenet", zero_init=True, momentum=0.8, in_batch=True, crop=[0.35, 1.0],
-             lr=0.04)
-LONG = dict(stem="imagenet", zero_init=False, momentum=0.99, in_batch=False, crop=[0.2, 1.0],
-            lr=0.03)
+SHORT = dict(zero_init=True, momentum=0.8, in_batch=True, crop=[0.35, 1.0], lr=0.04)
+LONG = dict(zero_init=False, momentum=0.99, in_batch=False, crop=[0.2, 1.0], lr=0.03)
 
 def parse(argv):
     """Flags. In brackets: the default, or the rule in fill_auto that picks it."""
@@ -751,8 +749,8 @@ def fill_auto(args, n, world):
     for name, value in (SHORT if is_short else LONG).items():
         if name in open_flags:
             setattr(args, name, value)
-    if "stem" in open_flags and not is_short and args.size <= 64:
-        args.stem = "small"
+    if args.stem is None:  # larger maps take several times as long, and pay in long runs
+        args.stem = "imagenet" if is_short or args.size > 64 else "small"
     if "momentum" in open_flags and args.total_steps >= 100_000:
         args.momentum = 0.999
     if "in_batch" in open_flags and args.teacher is not None:  # SEED has the queue alone

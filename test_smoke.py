@@ -1887,3 +1887,6 @@ def test_the_readme_names_what_is_there():
             assert re.search(rf"^ *(def|class) {name}\b", source[f"{module}.py"], re.M), name
     for file in re.findall(r"\]\((assets/.*?)\)|src=\"(assets/.*?)\"", text):
         assert (HERE / "".join(file)).is_file()
+    for name, lines in re.findall(r"\| (\w+\.py) \| ([\d,]+) \|", text):
+        written = len((HERE / name).read_text().splitlines())
+        assert int(lines.replace(",", "")) == written, name

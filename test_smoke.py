@@ -257,7 +257,8 @@ def test_heads():
 
 def test_models_alone_in_a_folder_build_every_network(tmp_path):
     shutil.copy(HERE / "models.py", tmp_path)
-    code = "import models, torch\nfor arch in models.ARCHS: models.build(arch, 'small')"
+    code = "import models, torch\nwith torch.device('meta'):\n"
+    code += "    for arch in models.ARCHS: models.build(arch, 'small')"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 # ---------------------------------------------------------------------------------------- data.py
@@ -611,11 +612,20 @@ def test_killed_while_decoding_and_two_at_once(locks, times, tmp_path):
 
 def test_no_room_for_the_decoded_folder(tmp_path, monkeypatch):
     make_folder(tmp_path / "flat", classes=(".",), per=5)
-    usage = data.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: usage)
+    room = [1000]
+
+    def disk_usage(folder):
+        used = sum(file.stat().st_size for file in folder.glob("*.tmp"))
+        return SimpleNamespace(free=room[0] - used)
+
+    monkeypatch.setattr(data.shutil, "disk_usage", disk_usage)
     with pytest.raises(InputError, match="need 15,360 bytes.*1,000 are free.*--keep"):
         load(tmp_path / "flat", tmp_path)
     assert not list(tmp_path.glob("decoded/*.pixels"))
+    room[0] = 16_000
+    lock = next(tmp_path.glob("decoded/*.lock"))
+    lock.with_suffix(".99.tmp").write_bytes(bytes(15_360))  # of a process that was killed
+    assert len(load(tmp_path / "flat", tmp_path)[0]) == 5
 
 def test_torchvisions_data_sets_are_downloaded_once_a_node(tmp_path, monkeypatch):
     pixels = (rand(4, 32, 32, 3) * 255).byte().numpy()
@@ -1089,8 +1099,9 @@ def bad_folder(tmp_path_factory):
         (here / name).mkdir()
         (here / name / "args.json").write_text(json.dumps(args))
         shutil.copy(here / "mobile.pt", here / name / "backbone.pt")
-    run("--data", here / "images", "--root", here / "data", "--out", here / "run", *SMALL,
-        "--steps", 1)
+    make_folder(here / "flat", classes=(".",), per=9)
+    run("--data", here / "flat", "--root", here / "data", "--out", here / "run", *SMALL,
+        "--queue", 9, "--steps", 1)
     yield here
     shutil.rmtree(here)
 

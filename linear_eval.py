@@ -351,7 +351,8 @@ def read_state(path):
         state = {name: w for name, w in state.items() if isinstance(w, torch.Tensor)}
     if not isinstance(state, dict) or not state:
         raise InputError(f"{path}: holds no state dict")
-    return state, content.get("args", {})
+    flags = content.get("args")
+    return state, flags if isinstance(flags, dict) else {}
 
 def read_json(path):
     """{name: value} of a file that holds one object."""

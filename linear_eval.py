@@ -318,7 +318,8 @@ def read_checkpoint(path, arch=None, stem=None):
     arch = arch or known.get("arch")
     if arch not in list(models.ARCHS):
         raise InputError(f"{path}: of which network? Name it with --arch")
-    first = next(iter(models.build(arch).state_dict()))
+    with torch.device("meta"):  # a name, without drawing weights
+        first = next(iter(models.build(arch).state_dict()))
     prefix = ""
     for candidate in reversed(PREFIXES):
         if candidate + first in state:

@@ -1240,7 +1240,9 @@ def test_a_run_keeps_its_flags(tmp_path):
         with pytest.raises(InputError, match=message):
             run(*out, "--resume", *typed)
     run(*out, "--resume", "--save-every", 3, "--knn-every", 2, "--batch", 8, "--temp", 0.2)
-    assert content(tmp_path / "run")[2] == 3
+    after = content(tmp_path / "run")
+    assert after[1:] == before[1:] and after[2] == 3
+    assert all(torch.equal(w, after[0][name]) for name, w in before[0].items())
     with pytest.raises(InputError, match="holds a run already"):
         run(*out)
     torch.save(dict(model={}), tmp_path / "run/last.pt")
@@ -1575,7 +1577,9 @@ def test_two_processes_analyze_as_one(tmp_path, one_thread):
         outcomes.append(json.loads((tmp_path / f"{world}/analysis.json").read_text())["random"])
     for split in ("train", "held-out"):
         a, b = (outcome[split] for outcome in outcomes)
-        assert a == pytest.approx(b, abs=0.8)  # one of 267 images may lie on a border
+        for key, value in a.items():  # one of 267 images may lie on a border
+            tolerance = 0.8 if "%" in analyze.ROWS[key] else 1e-4
+            assert b[key] == pytest.approx(value, abs=tolerance), key
 
 # ------------------------------------------------------------------------------------- analyze.py
 
@@ -1893,7 +1897,8 @@ def test_the_readme_names_what_is_there():
     flags = set(re.findall(r"(--[a-z][a-z-]+)", text)) - torchrun
     assert len(flags) > 20
     assert not [flag for flag in flags if f'"{flag}"' not in "".join(source.values())]
-    names = re.findall(r"`(\w+)\.py`: ((?:`\w+`(?:, )?)+)", text)
+    names = re.findall(r"`(\w+)\.py`:\s+((?:`\w+`(?:,\s+)?)+)", text)
+    assert len(names) == 2
     for module, listed in names:
         for name in re.findall(r"`(\w+)`", listed):
             assert re.search(rf"^ *(def|class) {name}\b", source[f"{module}.py"], re.M), name

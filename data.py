@@ -199,20 +199,18 @@ def color_matrix(brightness, contrast, saturation, hue):
 
 # ------------------------------------------------------- 2. the draws: what happens at a step
 
-def draw_step(n, batch, seed, step, local=0):
+def draw_step(n, batch, seed, step):
     """The random choices of a step, the same on every process and device.
 
-    -> rows (batch,): which of the n images; u (2 + local, batch, COLUMNS): the uniform numbers of
-    their query views, key views and `local` more views; order (batch,): the shuffled order in which
-    the key encoder sees the batch. A pass over the images drops the last incomplete batch.
+    -> rows (batch,): which of the n images; u (2, batch, COLUMNS): the uniform numbers of their two
+    views; order (batch,): the shuffled order in which the key encoder sees the batch. A pass over
+    the images drops the last incomplete batch.
     """
     epoch, i = divmod(step, n // batch)
     rows = order_of_epoch(n, seed, epoch)[i * batch:(i + 1) * batch]
     draw = seeded(seed, "step", step)
     u = torch.rand(2, batch, COLUMNS, generator=draw)
     order = torch.randperm(batch, generator=draw)
-    if local > 0:
-        u = torch.cat([u, torch.rand(local, batch, COLUMNS, generator=draw)])
     return rows, u, order
 
 @lru_cache(maxsize=2)  # the step that is drawn ahead may be of the next epoch

@@ -366,22 +366,25 @@ def read_json(path):
     return content
 
 def read_head(path):
-    """The projection head in a run or a MoCo checkpoint, and its widths; without one, an empty
-    Sequential."""
+    """The projection head in a run or a MoCo checkpoint, and what `perceptron` makes it of; without
+    one, an empty Sequential."""
     path = Path(path)
     if path.is_dir():
         path = path / "last.pt"
-    layers = {}  # by their place in the Sequential
+    state = {}
     for name, value in read_state(path)[0].items():
-        match = re.fullmatch(r"(?:module\.)?encoder_q\.(?:head|fc)\.(\d+)\.(weight|bias)", name)
+        match = re.fullmatch(r"(?:module\.)?encoder_q\.(?:head|fc)\.(\d+\..+)", name)
         if match is not None:
-            layers.setdefault(int(match[1]), {})[match[2]] = value
-    weights = [layers[place] for place in sorted(layers)]
-    widths = [w["weight"].shape[1] for w in weights[:1]] + [w["weight"].shape[0] for w in weights]
-    head = models.perceptron(widths)
-    for layer, w in zip(head[::2], weights):
-        layer.load_state_dict(w)
-    return head, widths
+            state[match[1]] = value
+    shapes = [w.shape for w in state.values() if w.ndim == 2]  # of the Linears, (out, in)
+    widths = [shape[1] for shape in shapes[:1]] + [shape[0] for shape in shapes]
+    norm = any(name.endswith("running_mean") for name in state)
+    head = models.perceptron(widths, norm)
+    try:
+        head.load_state_dict(state)
+    except RuntimeError:
+        raise InputError(f"{path}: its projection head is not one of Linears and ReLUs") from None
+    return head, (widths, norm)
 
 def open_checkpoint(name, args):
     """The network of a checkpoint, or for `random` the weights from which a run with this seed

@@ -272,26 +272,28 @@ def start_as_identity(net):
 
 HEADS = ("linear", "simple", "wide", "deep")
 
-def make_head(kind, d, c=128):
+def make_head(kind, d, c=128, norm=False):
     """Projection head (N, d) -> (N, c), thrown away after pretraining (Shi et al. 2022, section 4).
 
     linear d-c; simple d-d-c (MoCo v2); wide d-2d-c (their choice for small networks); deep d-d-d-c;
-    a number h: d-h-c.
+    a number h: d-h-c. With `norm`, BatchNorm before each ReLU (SimCLR, MoCo v3).
     """
     hidden = dict(linear=[], simple=[d], wide=[2 * d], deep=[d, d]).get(kind)
     if hidden is None:
         hidden = [int(kind)]
-    head = initialize(perceptron([d, *hidden, c]))
+    head = initialize(perceptron([d, *hidden, c], norm))
     with torch.no_grad():  # the gradient through `normalize` shrinks as its input grows: this makes
         head[-1].weight *= 4  # the head learn as slowly as the backbone under it
     return head
 
-def perceptron(widths):
-    """Linears of these widths, with ReLUs between them."""
+def perceptron(widths, norm=False):
+    """Linears of these widths, with ReLUs between them, and with `norm` a BatchNorm before each."""
     layers = []
     for cin, cout in zip(widths, widths[1:]):
-        layers += [nn.Linear(cin, cout), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
+        if layers:
+            layers += [nn.BatchNorm1d(cin)] * norm + [nn.ReLU(inplace=True)]
+        layers.append(nn.Linear(cin, cout))
+    return nn.Sequential(*layers)
 
 def last_linear(arch):
     """torchvision's name of the classifying Linear, which the networks here do without."""

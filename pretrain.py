@@ -39,8 +39,8 @@ from linear_eval import (Parser, Pixels, count, factor, judge, number, read_chec
 class Encoder(nn.Module):
     """Backbone and projection head: a list of image batches -> their unit embeddings, concatenated.
 
-    A list, because local crops are smaller. Each batch has BatchNorm statistics of its own; those
-    of the first `tracked` batches enter the running statistics, with which features are computed.
+    A list, because with --symmetric both views of an image are queries, and each batch of views has
+    BatchNorm statistics of its own.
     """
 
     def __init__(self, backbone, head):
@@ -48,12 +48,9 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, batches, tracked=1):
-        norms = [layer for layer in self.modules() if isinstance(layer, nn.BatchNorm2d)]
+    def forward(self, batches):
         embeddings = []
-        for i, images in enumerate(batches):
-            for norm in norms:
-                norm.momentum = 0.1 if i < tracked else 0.0
+        for images in batches:
             z = self.head(self.backbone(images))
             embeddings.append(F.normalize(z.float(), dim=1))
         return torch.cat(embeddings)
@@ -62,6 +59,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook). Each part
     enters the running statistics."""
     splits = 1
+
+    def _check_input_dim(self, x):
+        pass  # maps of the backbone, vectors of the head
 
     def forward(self, x):
         if not self.training:
@@ -79,7 +79,7 @@ class MoCo(nn.Module):
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         for layer in self.encoder_k.modules():
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 layer.__class__ = SplitBatchNorm  # only `forward` differs
                 layer.splits = splits
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
@@ -152,14 +152,13 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, views, step, args):
     n = args.batch // world  # images of this process
 
     with autocast:
-        q = encoder_q(query_views, len(key_views))
+        q = encoder_q(query_views)
         if args.teacher is None:  # MoCo: update, then encode. A teacher stays as it is
             t = step / args.total_steps
             moco.update_key_encoder(cosine(args.momentum, args.momentum_end, t))
         new_keys = [moco.encode_keys(view, order) for view in key_views]
-    own_keys = [keys[rank * n:(rank + 1) * n] for keys in new_keys]
+    k = torch.cat([keys[rank * n:(rank + 1) * n] for keys in new_keys])
     new_keys = torch.cat(new_keys)
-    k = torch.cat(own_keys + own_keys[:1] * args.local_crops)  # each local crop has the first key
 
     target = None
     if args.teacher is not None:
@@ -177,8 +176,7 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, views, step, args):
     scaler.update()
     optimizer.zero_grad()
     moco.enqueue(new_keys, step)
-    n_full = n * len(key_views)  # queries that are no local crops
-    return mean_over_processes(torch.stack([loss.detach().mean(), hit[:n_full].float().mean()]))
+    return mean_over_processes(torch.stack([loss.detach().mean(), hit.float().mean()]))
 
 # ---------------------------------------------------------------------------- 3. the training loop
 
@@ -204,8 +202,8 @@ def main(argv=None):
     encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
     dtype = choose_dtype(args.precision, device, args.arch)
     # not fused in float16: torch's fused SGD keeps the overflow of a first step in its momentum
-    optimizer = torch.optim.SGD(moco.encoder_q.parameters(), args.lr, 0.9, weight_decay=args.wd,
-                                fused=device.type != "mps" and dtype != torch.float16)
+    fused = device.type != "mps" and dtype != torch.float16
+    optimizer = Muon(moco.encoder_q, args.muon, args.lr, args.wd, fused)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -231,7 +229,7 @@ def main(argv=None):
     batches = train.prefetch(partial(load_batch, train, args), range(first, steps))
     for step, batch in enumerate(batches, first):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, step, epoch_steps)
+            group["lr"] = group["peak_lr"] * schedule(args, step, epoch_steps)
         views = make_views(batch, args)
         sums += train_step(moco, encoder_q, optimizer, scaler, autocast, views, step, args)
 
@@ -397,7 +395,7 @@ def teacher_target(z, queue, temperature):
 def load_batch(images, args, step):
     """Pixels, shapes and uniform numbers of this process's queries, and of its share of the
     shuffled keys; the shuffled order of the whole batch. All on the device."""
-    rows, u, order = data.draw_step(len(images), args.batch, args.seed, step, args.local_crops)
+    rows, u, order = data.draw_step(len(images), args.batch, args.seed, step)
     rank, world = rank_world()
     mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
     queries = *images.get(rows[mine]), to_device(u[:, mine], images.device)
@@ -412,19 +410,14 @@ def make_views(batch, args):
     if args.teacher is not None:  # the teacher sees the very view that the student sees
         numbers = [(query, query) for query, _ in numbers]
     query_views = [make_view(queries, query, args) for query, _ in numbers]
-    key_views = [make_view(keys, key, args) for _, key in numbers]
-    if args.local_crops > 0:
-        small = [make_view(queries, 2 + i, args) for i in range(args.local_crops)]
-        query_views.append(torch.cat(small))
+    key_views = [make_view(keys, key, args, args.weak_keys) for _, key in numbers]
     return query_views, key_views, order
 
-def make_view(batch, i, args):
-    """View `i` of a batch: 0 and 1 are the two views, the others local crops."""
+def make_view(batch, i, args, is_weak=False):
+    """View 0 or 1 of a batch; a weak one is cropped and flipped alone."""
     pixels, shapes, u = batch
-    size, crop = args.size, args.crop
-    if i > 1:
-        size, crop = args.local_size, args.local_scale
-    return data.augment(pixels, u[i], size, shapes=shapes, **augmentation(args) | dict(crop=crop))
+    colors = dict(jitter=0, hue=0, gray=0, blur=0) if is_weak else {}
+    return data.augment(pixels, u[i], args.size, shapes=shapes, **augmentation(args) | colors)
 
 def augmentation(args):
     return dict(crop=args.crop, jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
@@ -436,7 +429,8 @@ def save_views(images, args, path):
     pixels, shapes = images.get(rows)
     batch = pixels, shapes, to_device(u, images.device)
     original = data.center(pixels, args.size, shapes)
-    views = torch.cat([original, make_view(batch, 0, args), make_view(batch, 1, args)]).cpu()
+    key_views = make_view(batch, 1, args, args.weak_keys)
+    views = torch.cat([original, make_view(batch, 0, args), key_views]).cpu()
     views = views * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
     views = F.interpolate(views, scale_factor=max(1, 96 // args.size))
     grid = torch.cat([torch.cat(list(row), dim=2) for row in views.split(n)], dim=1)
@@ -454,7 +448,8 @@ def build_networks(args, device, is_new):
         models.start_as_identity(backbone)
     if args.init is not None and is_new:
         backbone.load_state_dict(read_checkpoint(args.init, args.arch, args.stem)[0].state_dict())
-    encoder = Encoder(backbone, models.make_head(args.head, backbone.dim, args.dim))
+    head = models.make_head(args.head, backbone.dim, args.dim, args.head_norm)
+    encoder = Encoder(backbone, head)
     moco = MoCo(encoder, args.dim, args.queue, args.bn_splits // rank_world()[1])
     if args.teacher is not None:
         moco.encoder_k = build_teacher(args, is_new).eval().requires_grad_(False)
@@ -472,8 +467,8 @@ def build_teacher(args, is_new):
         args.teacher_arch, args.teacher_stem = known["arch"], known["stem"]
     else:
         backbone = models.build(args.teacher_arch, args.teacher_stem)
-        head = models.perceptron(args.teacher_head)
-    width = (args.teacher_head or [backbone.dim])[-1]
+        head = models.perceptron(*args.teacher_head)
+    width = ([backbone.dim] + args.teacher_head[0])[-1]
     if width != args.dim:
         raise InputError(f"--teacher {args.teacher}: embeds in {width} dimensions; "
                          f"give --dim {width}")
@@ -492,7 +487,51 @@ def choose_dtype(precision, device, arch):
                 return torch.bfloat16
     return torch.float32
 
-# --------------------------------------------------------------------------- 7. monitor and report
+# ---------------------------------------------------------------------------- 7. the optimizer
+
+class Muon(torch.optim.SGD):
+    """SGD with momentum; with a rate `muon` > 0, dense convolutions behind the first one move by
+    orthogonal matrices (Jordan et al. 2024).
+
+    A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
+    moves a layer equally far in all: the features that few images ask for are learned as soon.
+    """
+
+    def __init__(self, net, muon, lr, wd, fused):
+        convolutions, others = [], []
+        for w in net.parameters():
+            is_dense = w.ndim == 4 and w.shape[1] > 3
+            (convolutions if muon > 0 and is_dense else others).append(w)
+        groups = [dict(params=others, peak_lr=lr)]
+        if convolutions:
+            groups.append(dict(params=convolutions, peak_lr=muon))
+        super().__init__(groups, lr, 0.9, weight_decay=wd, fused=fused)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups[1:]:
+            for w in group["params"]:
+                if "momentum_buffer" not in self.state[w]:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                momentum = self.state[w]["momentum_buffer"].mul_(0.95).add_(w.grad)
+                g = w.grad.add(momentum, alpha=0.95).flatten(1)  # a row for each output channel
+                move = orthogonal(g) * max(1, len(g) / g.shape[1]) ** 0.5
+                w.mul_(1 - 0.1 * group["lr"]).sub_(move.view_as(w), alpha=group["lr"])
+                w.grad = None  # done
+        super().step()
+
+def orthogonal(g):
+    """U V^T of a matrix g = U S V^T, but for singular values of 0.7 to 1.2: five Newton-Schulz
+    steps, with Jordan's coefficients."""
+    x = g / g.norm().clamp(min=1e-12)
+    if len(x) > x.shape[1]:
+        return orthogonal(x.T).T
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
+    return x
+
+# --------------------------------------------------------------------------- 8. monitor and report
 
 def monitor(moco, train, test, args):
     """What `judge` says of the backbone while it trains: {measure: %}."""
@@ -523,7 +562,7 @@ def report(out, learned, untrained, train, test, args):
     print0(f"python analyze.py {out} random    # a map of the images, and the feature space\n"
            f"{out}/backbone.pt is the network, with torchvision's names; views.png, what it saw")
 
-# --------------------------------------------------------------------------- 8. the run's folder
+# --------------------------------------------------------------------------- 9. the run's folder
 
 def next_free_folder(args):
     """runs/DATA-ARCH-1, or the first number that is not taken."""
@@ -596,38 +635,36 @@ def stop_if_diverged(loss, step, out, args):
             f"without bound; lower --lr (now {args.lr:g}), raise --temp or add --warmup; "
             f"{out}/last.pt is from before, if there is one")
 
-# -------------------------------------------------------------------------- 9. schedules and flags
+# ------------------------------------------------------------------------- 10. schedules and flags
 
 def cosine(start, end, t):
     """From `start` at t = 0 to `end` at t = 1, along half a cosine."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
 
-def learning_rate(args, step, epoch_steps):
-    """A linear warm-up times a cosine down to zero."""
+def schedule(args, step, epoch_steps):
+    """Of the learning rates: a linear warm-up times a cosine, from one down to zero."""
     warmup = 1.0
     if args.warmup > 0:
         warmup = min(1, (step + 1) / (args.warmup * epoch_steps))
-    return warmup * cosine(args.lr, 0, step / args.total_steps)
+    return warmup * cosine(1, 0, step / args.total_steps)
 
+# MoCo v2 (Chen et al. 2020); `quick` is a MoCo, too, for minutes to hours: keys of weak views cost
+# nothing and say more, the others make the start fast. What it leaves open, fill_auto picks.
+MOCO_V2 = dict(temp=0.2, muon=0.0, wd=1e-4, head_norm=False, weak_keys=False, in_batch=False,
+               zero_init=False, stem="imagenet", warmup=0.0, crop=[0.2, 1.0])
 RECIPES = {
-    "moco-v2": {},
-    "small": dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi et al. 2022
-    "light": dict(symmetric=True, smooth=0.1, head="2048", momentum_end=1.0),  # Lin et al. 2022
-    "local": dict(local_crops=6, local_scale=[0.05, 0.3], crop=[0.3, 1.0]),  # Tan et al. 2023
+    "quick": dict(temp=0.1, muon=0.02, wd=5e-4, head_norm=True, zero_init=True),
+    "moco-v2": MOCO_V2,
+    "small": MOCO_V2 | dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi 2022
+    "light": MOCO_V2 | dict(symmetric=True, smooth=0.1, head="2048", momentum_end=1.0),  # Lin 2022
 }
 
-# What flags are that are left open, in runs under 5,000 steps and in longer ones, which are MoCo's.
-# SHORT: a slow key encoder would never catch up; in-batch negatives: see is_own_image; two small
-# crops have little in common, which takes long to learn; lr is for 256 images a step.
-SHORT = dict(zero_init=True, momentum=0.8, in_batch=True, crop=[0.35, 1.0], lr=0.04)
-LONG = dict(zero_init=False, momentum=0.99, in_batch=False, crop=[0.2, 1.0], lr=0.03)
-
 def parse(argv):
-    """Flags. In brackets: the default, or the rule in fill_auto that picks it."""
+    """Flags. In brackets: the default, or the rule in fill_auto that picks it; where there are two,
+    that of the recipe `quick` and MoCo v2's."""
     parser = Parser(__doc__)
     switch = argparse.BooleanOptionalAction
     temperature = partial(number, 0.03, 99, float)  # see softmax_over_keys
-    low_high = dict(type=share, nargs=2, metavar=("LO", "HI"))
 
     add = parser.add_argument_group("data").add_argument
     add("--data", default="letters", help="letters, cifar10, cifar100, stl10, or a folder")
@@ -637,21 +674,25 @@ def parse(argv):
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="mobilenetv3", choices=list(models.ARCHS), help="[mobilenetv3]")
-    add("--stem", choices=models.STEMS, help="[imagenet; small in long runs up to 64 pixels]")
+    add("--stem", choices=models.STEMS, help="[imagenet; small from 5,000 steps on, up to 64 "
+        "pixels; MoCo: imagenet]")
     add("--head", default="simple", help="linear, simple, wide (Shi 2022), deep, a width [simple]")
+    add("--head-norm", action=switch, help="BatchNorm in the head (SimCLR, MoCo v3) [on; MoCo: off]")
     add("--dim", type=count, default=128, help="width C of the embedding [128]")
     add("--init", help="start from the backbone of this checkpoint [random weights]")
     add("--zero-init", action=switch, help="residual blocks start as the identity (Goyal 2017) "
-        "[in short runs]")
+        "[on; MoCo: off]")
 
     add = parser.add_argument_group("contrast").add_argument
-    add("--temp", type=temperature, default=0.2, help="temperature T [0.2; Shi 2022: 0.1]")
-    add("--momentum", type=share, help="m of the key encoder [0.8 in short runs, 0.99 in long "
-        "ones, MoCo's 0.999 from 100,000 steps on]")
+    add("--temp", type=temperature, help="temperature T [0.1, as Shi 2022; MoCo: 0.2]")
+    add("--momentum", type=share, help="m of the key encoder [1 - 200 / steps, from 0.8 to MoCo's "
+        "0.999]")
     add("--queue", type=count, help="keys K in the queue [MoCo: 65536; a tenth of the images, and "
         "no key staler than MoCo's]")
     add("--in-batch", action=switch, help="the step's other keys are negatives, too (SimCLR, MoCo "
-        "v3) [in short runs]")
+        "v3) [on; MoCo: off]")
+    add("--weak-keys", action=switch, help="keys are of views without color changes and blur (Wang "
+        "2022) [on; MoCo: off]")
     add("--bn-splits", type=count, help="parts of the shuffled keys for BatchNorm [MoCo: 8; at "
         "least 2, of 64 images or more]")
 
@@ -661,10 +702,6 @@ def parse(argv):
         "near keys (Lin 2022) [0]")
     add("--smooth-k", type=count, default=5, help="on how many [5]")
     add("--momentum-end", type=share, help="m goes there along a cosine (Lin 2022: 1) [constant]")
-    add("--local-crops", type=partial(number, 0, 99, int), default=0, help="additional small query "
-        "views (Tan 2023: 6) [0]")
-    add("--local-size", type=side, help="[4/7 of --size, as 128 of 224]")
-    add("--local-scale", default=[0.05, 0.3], help="range of their area [0.05 0.3]", **low_high)
     add("--teacher", help="distill this checkpoint (SEED, Fang 2021) instead of MoCo; --init then "
         "starts a MoCo from the result")
     add("--teacher-arch", choices=list(models.ARCHS), help="[as its args.json says]")
@@ -672,7 +709,8 @@ def parse(argv):
     add("--teacher-temp", type=partial(number, 0.003, 99, float), default=0.01, help="[0.01]")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", help="range of its area [MoCo: 0.2 1; 0.35 1 in short runs]", **low_high)
+    add("--crop", type=share, nargs=2, metavar=("LO", "HI"), help="range of its area [0.2 1; in short "
+        "runs up to 0.35 1; MoCo: 0.2 1]")
     add("--jitter", type=factor, default=0.4, help="of brightness, contrast, saturation [0.4; Shi "
         "2022: 0.8]")
     add("--hue", type=factor, default=0.1, help="jitter in turns [0.1; Shi 2022: 0.4]")
@@ -685,13 +723,15 @@ def parse(argv):
     add("--steps", type=count, help="length of the run in steps, instead of --epochs")
     add("--batch", type=count, help="images a step, over all processes [MoCo: 256; 1/80 of all, at "
         "least 64]")
-    add("--lr", type=factor, help="of SGD [MoCo: 0.03 for 256 images; 0.04 in short runs]")
-    add("--wd", type=share, default=1e-4, help="weight decay [1e-4]")
-    add("--warmup", type=factor, help="in epochs, linear [MoCo: 0; 2 in short runs]")
+    add("--lr", type=factor, help="of SGD, for 256 images [0.8 T; MoCo: 0.03]")
+    add("--muon", type=share, help="learning rate of convolutions with Muon (Jordan 2024); 0: SGD "
+        "for all [0.02; MoCo: 0]")
+    add("--wd", type=share, help="weight decay [5e-4; MoCo: 1e-4]")
+    add("--warmup", type=factor, help="in epochs, linear [2, or a seventh of all; MoCo: 0]")
 
     add = parser.add_argument_group("run").add_argument
-    add("--recipe", default="moco-v2", choices=list(RECIPES), help="a set of the flags above, each "
-        "of which still overrides it [moco-v2]")
+    add("--recipe", default="quick", choices=list(RECIPES), help="a set of the flags above, each of "
+        "which still overrides it [quick]")
     add("--out", help="folder of the run [runs/DATA-ARCH-N]")
     add("--resume", action="store_true", help="go on with the run in --out; start it if there is "
         "none")
@@ -745,20 +785,20 @@ def fill_auto(args, n, world):
         args.epochs = max(10, min(200, 2_400_000 // args.size // n))
     epoch_steps = max(1, n // args.batch)
     args.total_steps = args.steps or args.epochs * epoch_steps
-    is_short = args.total_steps < 5_000
-    for name, value in (SHORT if is_short else LONG).items():
-        if name in open_flags:
-            setattr(args, name, value)
     if args.stem is None:  # larger maps take several times as long, and pay in long runs
-        args.stem = "imagenet" if is_short or args.size > 64 else "small"
-    if "momentum" in open_flags and args.total_steps >= 100_000:
-        args.momentum = 0.999
-    if "in_batch" in open_flags and args.teacher is not None:  # SEED has the queue alone
-        args.in_batch = False
-    if "lr" in open_flags:
-        args.lr *= args.batch / 256
+        args.stem = "imagenet" if args.total_steps < 5_000 or args.size > 64 else "small"
+    for name in ("in_batch", "weak_keys"):
+        if name in open_flags:  # SEED has the queue alone, and the same view for both
+            setattr(args, name, args.teacher is None)
+    if args.lr is None:  # a loss with 1 / T in it has gradients with 1 / T in them
+        args.lr = (0.8 * args.temp if args.recipe == "quick" else 0.03) * args.batch / 256
     if args.warmup is None:  # a network that outruns its keys has no time to recover
-        args.warmup = min(2, args.total_steps / epoch_steps / 7) if is_short else 0
+        args.warmup = min(2, args.total_steps / epoch_steps / 7)
+    if args.crop is None:  # two small crops have little in common, which takes long to learn
+        args.crop = [min(0.35, max(0.2, 400 / args.total_steps)), 1.0]
+    if args.momentum is None:  # in a short run a slow key encoder would never catch up. This gives
+        # 0.99 at the length of MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs
+        args.momentum = min(0.999, max(0.8, 1 - 200 / args.total_steps))
     if args.queue is None:
         # MoCo's queue spans 256 steps, in which f_k moves by 256 (1 - m) = 0.256; staler keys are
         # told from new ones. With an eighth of the images or less, fewer than 1 % of the queries
@@ -775,12 +815,9 @@ def fill_auto(args, n, world):
         args.knn_every = max(1, args.total_steps // epoch_steps // 5)
     picked = [as_flag(name, getattr(args, name)) for name in open_flags]
     if any(picked):
-        print0(f"picked for a {'short' if is_short else 'long'} run on {n:,} images: "
-               + " ".join(filter(None, picked)))
+        print0(f"--recipe {args.recipe}, and for {n:,} images " + " ".join(filter(None, picked)))
     if args.momentum_end is None:
         args.momentum_end = args.momentum
-    if args.local_size is None:
-        args.local_size = max(8, round(args.size / 7) * 4)
 
 def as_flag(name, value):
     """As it would be typed; nothing for what is still open."""
@@ -820,11 +857,10 @@ def check(args, images, world):
         raise InputError(f"--head {args.head}: choose from {', '.join(models.HEADS)}, or a width")
     if args.smooth > 0 and args.smooth_k > args.queue:
         raise InputError(f"--smooth-k {args.smooth_k}: the queue has only {args.queue} keys")
-    if args.teacher is not None and (args.smooth > 0 or args.in_batch):
-        raise InputError("--teacher: its target takes neither --smooth nor --in-batch")
-    for flag, (low, high) in (("crop", args.crop), ("local-scale", args.local_scale)):
-        if low > high:
-            raise InputError(f"--{flag} {low} {high}: LO must be at most HI")
+    if args.teacher is not None and (args.smooth > 0 or args.in_batch or args.weak_keys):
+        raise InputError("--teacher: takes none of --smooth, --in-batch, --weak-keys")
+    if args.crop[0] > args.crop[1]:
+        raise InputError(f"--crop {args.crop[0]:g} {args.crop[1]:g}: LO must be at most HI")
     if args.queue > n // 7:
         print0(f"--queue {args.queue} is long for {n:,} images: {50 * (args.queue / n) ** 2:.0f} % "
                "of the queries will meet an older key of their own image as a negative")

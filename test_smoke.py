@@ -254,6 +254,9 @@ def test_heads():
         head = models.make_head(kind, 16, 8)
         assert [m.out_features for m in head if isinstance(m, torch.nn.Linear)] == expected
         assert isinstance(head[-1], torch.nn.Linear)
+        head = models.make_head(kind, 16, 8, norm=True)
+        norms = [m.num_features for m in head if isinstance(m, torch.nn.BatchNorm1d)]
+        assert norms == expected[:-1] and isinstance(head[-1], torch.nn.Linear)
 
 def test_models_alone_in_a_folder_build_every_network(tmp_path):
     shutil.copy(HERE / "models.py", tmp_path)
@@ -388,8 +391,6 @@ def test_schedule_is_a_function_of_the_seed():
     for a, b in zip(steps[5], data.draw_step(50, 8, 3, 5)):
         assert torch.equal(a, b)
     assert not torch.equal(steps[4][1], steps[5][1])
-    more = data.draw_step(50, 8, 3, 5, local=2)
-    assert torch.equal(more[1][:2], steps[5][1])  # local views change no other
     assert torch.equal(more[2], steps[5][2])
 
 def test_letters():
@@ -717,8 +718,8 @@ def test_in_batch_negatives_are_cross_entropy_over_the_batch(name, monkeypatch):
         assert torch.allclose(x.grad, y.grad @ torch.cat([keys, queue]) / 0.2, atol=1e-12)
         assert torch.equal(hit, logits.argmax(1) == own)
     monkeypatch.setattr(pretrain, "rank_world", lambda: (1, 2))
-    is_own = pretrain.is_own_image(12, 8, 4, CPU)  # with local crops
-    assert torch.equal(is_own.int().argmax(1), torch.tensor([4, 5, 6, 7] * 3))
+    is_own = pretrain.is_own_image(8, 8, 4, CPU)
+    assert torch.equal(is_own.int().argmax(1), torch.tensor([4, 5, 6, 7] * 2))
 
 def test_info_nce_gradcheck():
     k = unit(5, 16, seed=2)
@@ -859,16 +860,6 @@ def test_keys_are_normalized_in_shuffled_parts_and_come_back_in_order():
     assert torch.allclose(tiny_moco(splits=2).encode_keys(x[order], order), expected, atol=1e-6)
     assert not torch.allclose(tiny_moco().encode_keys(x[order], order), expected, atol=1e-3)
 
-def test_local_crops_do_not_enter_the_running_statistics():
-    encoder = tiny_moco().encoder_q.train()
-    large, small = rand(8, 3, 9, 9, dtype=torch.float32), rand(8, 3, 5, 5, dtype=torch.float32)
-    expected = copy.deepcopy(encoder)
-    expected([large, large], 2)
-    both = encoder([large, large, small], 2)
-    for (name, a), b in zip(encoder.named_buffers(), expected.buffers()):
-        assert "num" in name or torch.equal(a, b), name
-    assert torch.allclose(both[16:], expected([small]), atol=1e-6)  # but normalize as ever
-
 def calls_of_a_run(tmp_path, monkeypatch, *flags, steps=1):
     """What info_nce was called with in a run of few steps, and its networks."""
     monkeypatch.setitem(models.ARCHS, "plain", NoBatchNorm)
@@ -884,7 +875,7 @@ def calls_of_a_run(tmp_path, monkeypatch, *flags, steps=1):
         make_folder(tmp_path / "flat", classes=(".",), per=40)
     moco = run("--data", tmp_path / "flat", "--root", tmp_path, "--out",
                tmp_path / f"run{len(list(tmp_path.iterdir()))}", *SMALL, "--queue", 24, "--arch",
-               "plain", "--head", "linear", "--steps", steps, "--lr", 0.1, *flags)
+               "plain", "--head", "linear", "--steps", steps, "--lr", 0.1, "--no-weak-keys", *flags)
     monkeypatch.setattr(pretrain, "info_nce", info_nce)
     return calls, moco
 
@@ -892,10 +883,10 @@ def test_techniques_change_what_their_formula_says(tmp_path, monkeypatch):
     start = partial(calls_of_a_run, tmp_path, monkeypatch)
     calls, plain = start()
     q, k, queue, temperature, target, more_keys, is_own = calls[0]
-    assert (len(q), temperature, target) == (8, 0.2, None)
+    assert (len(q), temperature, target) == (8, 0.1, None)
     assert torch.equal(more_keys, k) and torch.equal(is_own, torch.eye(8).bool())
     assert start("--no-in-batch")[0][0][5] is None
-    _, off = start("--smooth", 0, "--local-crops", 0, "--momentum-end", 0.8, "--recipe", "moco-v2")
+    _, off = start("--smooth", 0, "--momentum-end", 0.8, "--recipe", "quick")
     for a, b in zip(plain.state_dict().values(), off.state_dict().values()):
         assert torch.equal(a, b)
 
@@ -905,9 +896,12 @@ def test_techniques_change_what_their_formula_says(tmp_path, monkeypatch):
     assert torch.allclose(q2[8:], k2[:8], atol=1e-6)
     assert torch.allclose(k2[8:], q2[:8], atol=1e-6)
 
-    q3, k3, *_ = start("--local-crops", 2, "--local-size", 32)[0][0]
-    assert torch.equal(q3[:8], q) and torch.equal(k3, k.repeat(3, 1))
-    assert len(q3) == 24 and not torch.allclose(q3[8:16], q3[16:])
+    calls, moco = start("--weak-keys", "--lr", 0)
+    images = load(tmp_path / "flat", tmp_path, size=32)[0]
+    rows, u, _ = data.draw_step(40, 8, 0, 0)
+    pixels, shapes = images.get(rows)
+    views = data.augment(pixels, u[1], 32, (0.35, 1), 0, 0, 0, 0, shapes)  # crop and flip alone
+    assert torch.equal(calls[0][0], q) and torch.allclose(calls[0][1], moco.encoder_q([views]))
 
     target = start("--smooth", 0.3, "--smooth-k", 2)[0][0][4]
     assert torch.equal(target, pretrain.smooth_target(q, k, queue, 0.3, 2))
@@ -916,9 +910,46 @@ def test_schedules():
     args = pretrain.parse(["--momentum", "0.5", "--lr", "2", "--warmup", "2"])
     args.total_steps = 100
     assert pretrain.cosine(0.5, 1, 0.5) == 0.75
-    rates = [pretrain.learning_rate(args, step, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(2 / 20) and max(rates) == rates[19]
-    assert rates[50] == pytest.approx(1)
+    rates = [pretrain.schedule(args, step, 10) for step in range(100)]
+    assert rates[0] == pytest.approx(1 / 20) and max(rates) == rates[19]
+    assert rates[50] == pytest.approx(0.5)
+
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6), (3, 40)])
+def test_orthogonal_is_a_polynomial_of_the_singular_values(shape):
+    g = torch.randn(*shape, generator=generator(0), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
+    assert torch.allclose(pretrain.orthogonal(g), u @ torch.diag(s) @ v, atol=1e-10)
+    assert 0.6 < s.min() and s.max() < 1.3
+    assert pretrain.orthogonal(torch.zeros(shape)).abs().max() == 0
+
+@pytest.mark.parametrize("muon", [0.0, 0.02])
+def test_muon_is_sgd_but_for_dense_convolutions(muon):
+    torch.manual_seed(0)
+    net = models.build("mobilenetv3_small").double().to(memory_format=torch.channels_last)
+    peer = copy.deepcopy(net)
+    sgd = torch.optim.SGD(peer.parameters(), 0.1, 0.9, weight_decay=1e-3)
+    optimizer = pretrain.Muon(net, muon, 0.1, 1e-3, fused=True)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"]
+    w = net.features[1].block[1].fc1.weight  # 8 x 16 x 1 x 1
+    v = w.detach().clone().flatten(1)
+    momentum = torch.zeros_like(v)
+    for step in range(3):
+        for p, q in zip(net.parameters(), peer.parameters()):
+            p.grad = torch.zeros_like(p).copy_(rand(*p.shape, seed=step) - 0.5)
+            q.grad = p.grad.clone()
+        g = w.grad.flatten(1).clone()
+        momentum = 0.95 * momentum + g
+        v = (1 - 0.002) * v - 0.02 * pretrain.orthogonal(g + 0.95 * momentum)
+        optimizer.step()
+        sgd.step()
+    assert torch.allclose(w.flatten(1), v) == (muon > 0)
+    for (name, p), q in zip(net.named_parameters(), peer.parameters()):
+        is_dense = p.ndim == 4 and min(p.shape[:2]) > 3
+        assert torch.allclose(p, q) == (muon == 0 or not is_dense), name
 
 def test_a_teacher_is_a_key_encoder_that_stays(tmp_path, monkeypatch):
     calls_of_a_run(tmp_path, monkeypatch, "--out", tmp_path / "teacher", steps=3)
@@ -952,9 +983,14 @@ def test_a_teacher_with_mocos_names(tmp_path):
     net, known = linear_eval.read_checkpoint(tmp_path / "moco.pt", "resnet18")
     assert known["stem"] == "imagenet" and torch.equal(net.conv1.weight, weights["conv1.weight"])
     head, widths = linear_eval.read_head(tmp_path / "moco.pt")
-    assert widths == [512, 6, 4] and head(torch.ones(1, 512)).tolist() == [[6 * 513 + 1] * 4]
+    assert widths == ([512, 6, 4], False)
+    assert head(torch.ones(1, 512)).tolist() == [[6 * 513 + 1] * 4]
     torch.save(weights, tmp_path / "bare.pt")
-    assert linear_eval.read_head(tmp_path / "bare.pt")[1] == []  # its features are embeddings
+    assert linear_eval.read_head(tmp_path / "bare.pt")[1] == ([], False)  # embeds no further
+    state["module.encoder_q.fc.3.weight"] = torch.ones(4)
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(InputError, match="odd.pt: its projection head"):
+        linear_eval.read_head(tmp_path / "odd.pt")
 
 def filled(n, world=1, *flags):
     args = pretrain.parse(["--size", "32", *flags])
@@ -963,10 +999,10 @@ def filled(n, world=1, *flags):
 
 def test_open_flags_follow_the_number_of_images(capsys):
     args = filled(5120)
-    assert (args.batch, args.queue, args.momentum, args.total_steps) == (64, 128, 0.8, 14 * 80)
-    assert (args.in_batch, args.zero_init, args.crop, args.stem) == (True, True, [0.35, 1],
-                                                                     "imagenet")
-    assert "picked for a short run on 5,120 images: --stem imagenet" in capsys.readouterr().out
+    assert (args.batch, args.queue, args.total_steps, args.stem) == (64, 128, 14 * 80, "imagenet")
+    assert args.momentum == pytest.approx(1 - 200 / 1120) and args.lr == pytest.approx(0.02)
+    assert args.in_batch and args.weak_keys and args.warmup == 2
+    assert "--recipe quick, and for 5,120 images --stem imagenet" in capsys.readouterr().out
     for n, world in ((5, 1), (9, 1), (9, 2), (100, 3), (1000, 3), (100, 8)):  # small sets, too
         args = filled(n, world)
         images = load_nothing(n)
@@ -975,10 +1011,12 @@ def test_open_flags_follow_the_number_of_images(capsys):
         args = filled(n)
         assert (args.queue / n) ** 2 / 2 < 0.01 or args.queue == args.batch
     assert filled(50_000, 1, "--epochs", "100").stem == "small"
-    args = filled(1_281_167, 8, "--size", "224", "--epochs", "200")
-    assert (args.batch, args.queue, args.momentum) == (256, 65536, 0.999)
-    assert (args.bn_splits, args.lr, args.stem, args.warmup) == (8, 0.03, "imagenet", 0)
-    assert (args.in_batch, args.zero_init, args.crop) == (False, False, [0.2, 1])
+    args = filled(1_281_167, 8, "--size", "224", "--epochs", "200", "--recipe", "moco-v2")
+    published = dict(batch=256, queue=65536, momentum=0.999, bn_splits=8, lr=0.03, warmup=0,
+                     temp=0.2, wd=1e-4, head="simple", dim=128, crop=[0.2, 1], jitter=0.4, hue=0.1,
+                     gray=0.2, blur=0.5, stem="imagenet", symmetric=False, smooth=0)
+    assert published.items() <= vars(args).items()
+    assert not (args.in_batch or args.zero_init or args.weak_keys or args.head_norm)
 
 def load_nothing(n):
     return data.Images(torch.zeros(n, 3, 1, 1), None, torch.zeros(n), [], CPU, "")
@@ -1019,7 +1057,7 @@ def test_a_run_end_to_end(tmp_path, capsys):
              *SMALL, "--out", tmp_path / "whole"]
     run(*flags)
     printed = capsys.readouterr().out
-    for text in ("The loss rises for the first 2 steps", "raw pixels", "run on 27 images"):
+    for text in ("The loss rises for the first 2 steps", "raw pixels", "for 27 images"):
         assert text in printed
     log = read_log(tmp_path / "whole")
     assert [entry["epoch"] for entry in log] == [1, 2, 3]
@@ -1063,7 +1101,7 @@ BAD_INPUT = [  # script, flags, what the line says
     ("run", ["--resume"], "--out"), ("run", ["--data", "few"], "few: too few images"),
     ("run", ["--lr", "x"], "--lr: x is no number"), ("run", ["--device", "cuda:7"], "--device"),
     ("run", ["--teacher", "run", "--smooth", 0.1], "--teacher"),
-    ("run", ["--local-crops", -1], "--local-crops: -1"), ("run", ["--steps", 0], "--steps: 0"),
+    ("run", ["--steps", 0], "--steps: 0"),
     ("evaluate", ["random", "--data", "few"], "no labels"),
     ("evaluate", ["random", "--data", "single"], "two classes"),
     ("evaluate", ["random", "--data", "unheld"], "no held-out image"),
@@ -1233,7 +1271,7 @@ def test_a_run_keeps_its_flags(tmp_path):
     before = content(tmp_path / "run")
     for typed, message in (
             (["--steps", 9], "--steps 9: the run in .* has 3"), (["--epochs", 4], "--epochs 4"),
-            (["--wd", 0.5], "--wd 0.5.*0.0001"), (["--precision", "float16"], "--precision"),
+            (["--wd", 0.5], "--wd 0.5.*0.0005"), (["--precision", "float16"], "--precision"),
             (["--queue", 17], "--queue 17"), (["--arch", "resnet18"], "--arch"),
             (["--symmetric"], "--symmetric"), (["--no-in-batch"], "--in-batch False"),
             (["--recipe", "small"], "--recipe small")):
@@ -1295,6 +1333,8 @@ def test_two_processes_train_as_one(arch, tmp_path, monkeypatch, one_thread):
     make_folder(tmp_path / "images/test", per=3)
     flags = [*map(str, SMALL), "--data", str(tmp_path / "images"), "--root", str(tmp_path),
              "--steps", "10", "--seed", "1", "--lr", "0.05", "--arch", arch]
+    if arch == "plain":  # in which no statistics differ
+        flags.append("--no-head-norm")
     argv = [*flags, "--out", str(tmp_path / "two")]
     processes(2, f"test_smoke.two_process_run({argv!r})")
     a, b = [torch.load(tmp_path / f"two/rank{rank}.pt") for rank in (0, 1)]
@@ -1833,7 +1873,7 @@ def pretend_gpu(commands):
     torch.cuda.is_available() or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
     reason="a pretend GPU needs torch 2.11 or newer, and no real one")
 @pytest.mark.parametrize("flags", [
-    "--symmetric --smooth 0.1 --local-crops 2 --head deep --momentum-end 1",
+    "--symmetric --smooth 0.1 --head deep --momentum-end 1",
     "--teacher TMP/teacher --init TMP/teacher"])
 def test_scripts_mix_no_devices(flags, tmp_path):
     make_folder(tmp_path / "images/train", per=24)

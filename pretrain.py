@@ -677,7 +677,7 @@ def parse(argv):
     add("--stem", choices=models.STEMS, help="[imagenet; small from 5,000 steps on, up to 64 "
         "pixels; MoCo: imagenet]")
     add("--head", default="simple", help="linear, simple, wide (Shi 2022), deep, a width [simple]")
-    add("--head-norm", action=switch, help="BatchNorm in the head (SimCLR, MoCo v3) [on; MoCo: off]")
+    add("--head-norm", action=switch, help="BatchNorm in the head (SimCLR) [on; MoCo: off]")
     add("--dim", type=count, default=128, help="width C of the embedding [128]")
     add("--init", help="start from the backbone of this checkpoint [random weights]")
     add("--zero-init", action=switch, help="residual blocks start as the identity (Goyal 2017) "
@@ -709,8 +709,8 @@ def parse(argv):
     add("--teacher-temp", type=partial(number, 0.003, 99, float), default=0.01, help="[0.01]")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", type=share, nargs=2, metavar=("LO", "HI"), help="range of its area [0.2 1; in short "
-        "runs up to 0.35 1; MoCo: 0.2 1]")
+    add("--crop", type=share, nargs=2, metavar=("LO", "HI"), help="range of its area [0.2 1; up to "
+        "0.35 1 in runs under 2,000 steps; MoCo: 0.2 1]")
     add("--jitter", type=factor, default=0.4, help="of brightness, contrast, saturation [0.4; Shi "
         "2022: 0.8]")
     add("--hue", type=factor, default=0.1, help="jitter in turns [0.1; Shi 2022: 0.4]")
@@ -730,8 +730,8 @@ def parse(argv):
     add("--warmup", type=factor, help="in epochs, linear [2, or a seventh of all; MoCo: 0]")
 
     add = parser.add_argument_group("run").add_argument
-    add("--recipe", default="quick", choices=list(RECIPES), help="a set of the flags above, each of "
-        "which still overrides it [quick]")
+    add("--recipe", default="quick", choices=list(RECIPES), help="a set of the flags above, each "
+        "of which still overrides it [quick]")
     add("--out", help="folder of the run [runs/DATA-ARCH-N]")
     add("--resume", action="store_true", help="go on with the run in --out; start it if there is "
         "none")

@@ -1277,7 +1277,7 @@ def test_a_run_keeps_its_flags(tmp_path):
             (["--recipe", "small"], "--recipe small")):
         with pytest.raises(InputError, match=message):
             run(*out, "--resume", *typed)
-    run(*out, "--resume", "--save-every", 3, "--knn-every", 2, "--batch", 8, "--temp", 0.2)
+    run(*out, "--resume", "--save-every", 3, "--knn-every", 2, "--batch", 8, "--temp", 0.1)
     after = content(tmp_path / "run")
     assert after[1:] == before[1:] and after[2] == 3
     assert all(torch.equal(w, after[0][name]) for name, w in before[0].items())

@@ -490,18 +490,21 @@ def choose_dtype(precision, device, arch):
 # ---------------------------------------------------------------------------- 7. the optimizer
 
 class Muon(torch.optim.SGD):
-    """SGD with momentum; with a rate `muon` > 0, dense convolutions behind the first one move by
-    orthogonal matrices (Jordan et al. 2024).
+    """SGD with momentum; with a rate `muon` > 0, dense convolutions that BatchNorm follows move by
+    orthogonal matrices (Jordan et al. 2024), but not the first one.
 
     A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
     moves a layer equally far in all: the features that few images ask for are learned as soon.
     """
 
     def __init__(self, net, muon, lr, wd, fused):
-        convolutions, others = [], []
-        for w in net.parameters():
-            is_dense = w.ndim == 4 and w.shape[1] > 3
-            (convolutions if muon > 0 and is_dense else others).append(w)
+        convolutions = []
+        for layer in net.modules():
+            if muon > 0 and isinstance(layer, nn.Conv2d) and layer.bias is None:
+                if layer.groups == 1 and layer.in_channels > 3:
+                    convolutions.append(layer.weight)
+        chosen = set(convolutions)
+        others = [w for w in net.parameters() if w not in chosen]
         groups = [dict(params=others, peak_lr=lr)]
         if convolutions:
             groups.append(dict(params=convolutions, peak_lr=muon))
@@ -509,8 +512,11 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self):
+        allow_tf32(False)
         for group in self.param_groups[1:]:
             for w in group["params"]:
+                if w.grad is None:
+                    continue
                 if "momentum_buffer" not in self.state[w]:
                     self.state[w]["momentum_buffer"] = torch.zeros_like(w)
                 momentum = self.state[w]["momentum_buffer"].mul_(0.95).add_(w.grad)
@@ -518,18 +524,25 @@ class Muon(torch.optim.SGD):
                 move = orthogonal(g) * max(1, len(g) / g.shape[1]) ** 0.5
                 w.mul_(1 - 0.1 * group["lr"]).sub_(move.view_as(w), alpha=group["lr"])
                 w.grad = None  # done
+        allow_tf32(True)
         super().step()
 
 def orthogonal(g):
-    """U V^T of a matrix g = U S V^T, but for singular values of 0.7 to 1.2: five Newton-Schulz
-    steps, with Jordan's coefficients."""
+    """U V^T of a matrix g = U S V^T, but for singular values of 0.7 to 1.2.
+
+    Five of Jordan's Newton-Schulz steps  x <- p(a) x,  a = x x^T,  p(a) = 3.4445 - 4.775 a +
+    2.0315 a^2.  All a and p(a) commute, so the steps are taken on the small square a alone.
+    """
+    if len(g) > g.shape[1]:
+        return orthogonal(g.T).T
     x = g / g.norm().clamp(min=1e-12)
-    if len(x) > x.shape[1]:
-        return orthogonal(x.T).T
+    a = x @ x.T
+    product = one = torch.eye(len(a), dtype=a.dtype, device=a.device)
     for _ in range(5):
-        a = x @ x.T
-        x = 3.4445 * x + (2.0315 * a @ a - 4.7750 * a) @ x
-    return x
+        p = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
+        product = p @ product
+        a = p @ a @ p
+    return product @ x
 
 # --------------------------------------------------------------------------- 8. monitor and report
 

@@ -391,7 +391,6 @@ def test_schedule_is_a_function_of_the_seed():
     for a, b in zip(steps[5], data.draw_step(50, 8, 3, 5)):
         assert torch.equal(a, b)
     assert not torch.equal(steps[4][1], steps[5][1])
-    assert torch.equal(more[2], steps[5][2])
 
 def test_letters():
     pixels, labels, names = data.letters(128, 0)
@@ -923,6 +922,8 @@ def test_orthogonal_is_a_polynomial_of_the_singular_values(shape):
         s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
     assert torch.allclose(pretrain.orthogonal(g), u @ torch.diag(s) @ v, atol=1e-10)
     assert 0.6 < s.min() and s.max() < 1.3
+    thin = (u[:, :1] * v[:1]).float()  # of rank 1: what rounding adds must not grow
+    assert torch.linalg.svdvals(pretrain.orthogonal(thin)).sum() < 1.4
     assert pretrain.orthogonal(torch.zeros(shape)).abs().max() == 0
 
 @pytest.mark.parametrize("muon", [0.0, 0.02])
@@ -934,7 +935,7 @@ def test_muon_is_sgd_but_for_dense_convolutions(muon):
     optimizer = pretrain.Muon(net, muon, 0.1, 1e-3, fused=True)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"]
-    w = net.features[1].block[1].fc1.weight  # 8 x 16 x 1 x 1
+    w = net.features[2].block[0][0].weight  # 72 x 16 x 1 x 1
     v = w.detach().clone().flatten(1)
     momentum = torch.zeros_like(v)
     for step in range(3):
@@ -943,12 +944,13 @@ def test_muon_is_sgd_but_for_dense_convolutions(muon):
             q.grad = p.grad.clone()
         g = w.grad.flatten(1).clone()
         momentum = 0.95 * momentum + g
-        v = (1 - 0.002) * v - 0.02 * pretrain.orthogonal(g + 0.95 * momentum)
+        move = pretrain.orthogonal(g + 0.95 * momentum) * (72 / 16) ** 0.5
+        v = (1 - 0.002) * v - 0.02 * move
         optimizer.step()
         sgd.step()
     assert torch.allclose(w.flatten(1), v) == (muon > 0)
     for (name, p), q in zip(net.named_parameters(), peer.parameters()):
-        is_dense = p.ndim == 4 and min(p.shape[:2]) > 3
+        is_dense = p.ndim == 4 and p.shape[1] > 3 and "fc" not in name
         assert torch.allclose(p, q) == (muon == 0 or not is_dense), name
 
 def test_a_teacher_is_a_key_encoder_that_stays(tmp_path, monkeypatch):
@@ -1834,7 +1836,7 @@ def pretend_op(op, args, kwargs):
     result = op(*plain[0], **plain[1])
     name = str(op).split(".")[1]
     if name.endswith("_"):  # in place
-        return None if name.startswith("_foreach") else args[0]
+        return None if name.startswith(("_foreach", "_fused")) else args[0]
 
     def wrap(x):
         if not on_device or not isinstance(x, torch.Tensor) or isinstance(x, Pretend):
@@ -1845,7 +1847,16 @@ def pretend_op(op, args, kwargs):
     return tree_map(wrap, result)
 
 def pretend_gpu(commands):
-    """Run scripts, (name, *flags) each, as on a GPU (backward is left out)."""
+    """Run scripts, (name, *flags) each, as on a GPU (instead of backward, gradients are made up)."""
+    step = pretrain.Muon.step
+
+    def step_with_gradients(self):
+        for group in self.param_groups:
+            for w in group["params"]:
+                w.grad = 0.01 * w.detach()
+        step(self)
+
+    pretrain.Muon.step = step_with_gradients
     torch._C._ensureCUDADeviceGuardSet()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)

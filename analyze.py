@@ -326,7 +326,7 @@ def draw_similarity(samples, path):
     sheet.save(path)
 
 def draw_curves(logs, path):
-    """Loss, instance accuracy and kNN (without labels: found) by epoch, of runs' logs.
+    """Loss, instance accuracy and kNN (without labels: found) by minutes of training, of runs' logs.
 
     Runs named NAME-seed0, NAME-seed1 .. share a color.
     """
@@ -336,10 +336,10 @@ def draw_curves(logs, path):
             if any(key in entry for log in logs.values() for entry in log)]
     sheet = Sheet(SIDE * len(keys), SIDE)
     for column, key in enumerate(keys):
-        curves = [[(entry["epoch"], entry[key]) for entry in log if key in entry]
+        curves = [[(entry["minutes"], entry[key]) for entry in log if key in entry]
                   for log in logs.values()]
         points = [point for curve in curves for point in curve]
-        sheet.panel(column, 0, points, key.replace("_", " "), "epoch")
+        sheet.panel(column, 0, points, key.replace("_", " "), "minutes")
         for group, curve in zip(groups, curves):
             sheet.line(curve, COLORS[kinds.index(group) % len(COLORS)])
     sheet.legend(kinds, 90, SIDE - 70 - 17 * len(kinds))
@@ -455,7 +455,9 @@ def write(results, samples, train, held, args):
     for name, path in zip(short, map(Path, results)):
         file = path / "log.jsonl" if path.is_dir() else path.parent / "log.jsonl"
         if file.is_file():
-            logs[name] = [json.loads(line) for line in file.read_text().splitlines()]
+            log = [json.loads(line) for line in file.read_text().splitlines()]
+            if log and "minutes" in log[0]:  # older logs have none
+                logs[name] = log
     if logs:
         draw_curves(logs, out / "curves.png")
     print(f"\nIn {out}: analysis.json, map.png, space.png, similarity.png"

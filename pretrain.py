@@ -242,9 +242,11 @@ def main(argv=None):
         loss, accuracy = (sums / done).tolist()
         stop_if_diverged(loss, step, out, args)
         epoch = step // epoch_steps + 1
-        speed = (step + 1 - epoch_first) * args.batch / (time.time() - epoch_began)
+        seconds = time.time() - epoch_began
+        speed = (step + 1 - epoch_first) * args.batch / seconds
         entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy,
-                     lr=optimizer.param_groups[0]["lr"], images_per_s=speed)
+                     lr=optimizer.param_groups[0]["lr"], images_per_s=speed,
+                     minutes=seconds / 60 + (log[-1]["minutes"] if log else 0))
         line = (f"epoch {epoch}/{math.ceil(steps / epoch_steps)}  loss {loss:.3f}  "
                 f"instance accuracy {100 * accuracy:.1f} %  {speed:.0f} images/s")
         if epoch_ends:

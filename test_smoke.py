@@ -1063,7 +1063,8 @@ def test_a_run_end_to_end(tmp_path, capsys):
         assert text in printed
     log = read_log(tmp_path / "whole")
     assert [entry["epoch"] for entry in log] == [1, 2, 3]
-    assert log[-1]["step"] == 9 and log[-1]["images_per_s"] > 0 and 0 <= log[-1]["knn"] <= 100
+    assert log[-1]["step"] == 9 and log[-1]["minutes"] > log[0]["minutes"] > 0
+    assert log[-1]["images_per_s"] > 0 and 0 <= log[-1]["knn"] <= 100
     assert Image.open(tmp_path / "whole/views.png").size == (8 * 96, 3 * 96)
     net, known = linear_eval.read_checkpoint(tmp_path / "whole")
     assert (known["arch"], known["size"], known["stem"]) == ("mobilenetv3_small", 32, "imagenet")
@@ -1185,7 +1186,7 @@ def content(folder):
         assert torch.equal(w, tensors[f"encoder_q.backbone.{name}"])
     log = read_log(folder)
     for entry in log:
-        del entry["images_per_s"]
+        del entry["images_per_s"], entry["minutes"]
     return tensors, log, last["step"]
 
 def doomed(argv, delay):
@@ -1734,7 +1735,7 @@ def test_an_analysis_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_folder(Path("images/train"), per=12)
     make_folder(Path("images/test"), per=5, seed=7)
-    entries = [dict(epoch=e, loss=5 / e, instance_accuracy=9.0 * e, knn=20 + e) for e in (1, 2)]
+    entries = [dict(minutes=e, loss=5 / e, instance_accuracy=9.0 * e, knn=20 + e) for e in (1, 2)]
     for name, arch, size in (("run", "mobilenetv3_small", 32), ("other", "resnet18", 48)):
         Path(name).mkdir()
         torch.save(models.build(arch).state_dict(), f"{name}/backbone.pt")

@@ -8,6 +8,7 @@ import copy
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -98,28 +99,43 @@ def look(*argv):
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
-def processes(world, code, codes=(0,)):
+# processes are forked from one that has imported all this: none waits for torch to load
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_smoke"])
+
+def begin(code, out, **env):
+    """Start `code` in a process of its own; what it prints goes into the file `out`."""
+    job = FORKS.Process(target=run_forked, args=(code, str(out), env))
+    job.start()
+    return job
+
+def run_forked(code, out, env):
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    with open(out, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    exec(code, dict(test_smoke=sys.modules[__name__]))
+
+def processes(world, folder, code, codes=(0,)):
     """Run `code` in the `world` processes of a group, as torchrun starts them;
-    -> exit codes, and what they wrote to stderr."""
+    -> exit codes, and what they printed."""
     jobs = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for rank in range(world):
         env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1",
-                   MASTER_PORT=port, OMP_NUM_THREADS=1)
-        env = os.environ | {key: str(value) for key, value in env.items()}
-        checked = f"import test_smoke; {code}; test_smoke.assert_the_group_ended()"
-        jobs.append(subprocess.Popen([sys.executable, "-c", checked], cwd=HERE, env=env, text=True,
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    try:
-        errors = [job.communicate(timeout=240)[1] for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    ended = [job.returncode for job in jobs]
-    assert set(ended) <= set(codes), errors
-    return ended, errors
+                   MASTER_PORT=port)
+        jobs.append(begin(f"{code}; test_smoke.assert_the_group_ended()", folder / f"rank{rank}",
+                          **{key: str(value) for key, value in env.items()}))
+    for job in jobs:
+        job.join(240)
+        job.kill()
+    printed = [(folder / f"rank{rank}").read_text() for rank in range(world)]
+    ended = [job.exitcode for job in jobs]
+    assert set(ended) <= set(codes), printed
+    return ended, printed
 
 @pytest.fixture
 def one_thread():
@@ -583,29 +599,33 @@ def test_few_decoded_images_wait_for_a_slow_disk(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "a.pixels").stat().st_size == 2000 * 192 and 0 < Waiting.most <= 512
     assert "decoding 1,024/2,000 images" in capsys.readouterr().out
 
-SLOW = """import data, sys, time
-decode = data.decode
-data.decode = lambda path, side: time.sleep(0.05) or decode(path, side)
-data.os.cpu_count = lambda: 1
-if sys.argv[3] == 'no locks':
-    def flock(*args): raise OSError(38, 'Function not implemented')
-    data.fcntl.flock = flock
-images = data.load(sys.argv[1], sys.argv[2])[0]
-print(len(images), int(images.pixels.long().sum()))
-"""
+def decode_slowly(folder, root, locks):
+    decode = data.decode
+    data.decode = lambda path, side: time.sleep(0.05) or decode(path, side)
+    data.os.cpu_count = lambda: 1
+
+    def flock(*args):
+        raise OSError(38, "Function not implemented")
+
+    if locks == "no locks":
+        data.fcntl.flock = flock
+    images = data.load(folder, root)[0]
+    print(len(images), int(images.pixels.long().sum()))
 
 @pytest.mark.parametrize("locks,times", [("locks", 1), ("no locks", 2)])
 def test_killed_while_decoding_and_two_at_once(locks, times, tmp_path):
     make_folder(tmp_path / "flat", classes=(".",), per=20)
-    command = [sys.executable, "-c", SLOW, tmp_path / "flat", tmp_path, locks]
-    job = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True)
+    code = f"test_smoke.decode_slowly({str(tmp_path / 'flat')!r}, {str(tmp_path)!r}, {locks!r})"
+    job = begin(code, tmp_path / "killed")
     while not list(tmp_path.glob("decoded/*.tmp")):
         time.sleep(0.01)
     job.kill()
-    job.wait()
+    job.join()
     assert not list(tmp_path.glob("decoded/*.pixels"))
-    jobs = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) for _ in (0, 1)]
-    printed = [job.communicate()[0] for job in jobs]
+    files = [tmp_path / "first", tmp_path / "second"]
+    for job in [begin(code, file) for file in files]:
+        job.join()
+    printed = [file.read_text() for file in files]
     assert 1 <= sum("decoded 20 images" in text for text in printed) <= times  # the other waited
     assert printed[0].splitlines()[-1] == printed[1].splitlines()[-1]
     assert len(list(tmp_path.glob("decoded/*.tmp"))) == times - 1  # without locks one is left over
@@ -1223,7 +1243,7 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(world, steps, kills, tmp_p
         argv = [*flags, "--out", str(tmp_path / name)]
         if delay == 0 and world == 1:
             return run(*argv)
-        return processes(world, f"test_smoke.doomed({argv!r}, {delay})", codes)
+        return processes(world, tmp_path, f"test_smoke.doomed({argv!r}, {delay})", codes)
 
     start("whole", 0, (0,))
     rng = random.Random(0)
@@ -1263,7 +1283,7 @@ except pretrain.InputError as error:
             run(*flags, "--data", tmp_path / "images/0", "--out", tmp_path / "run0")
         text = code.replace("FLAGS", repr(flags + more)).replace("FOLDER", images)
         text = text.replace("TMP", repr(str(tmp_path)))
-        for error in processes(2, f"exec({text!r})", (1,))[1]:
+        for error in processes(2, tmp_path, f"exec({text!r})", (1,))[1]:
             assert message in error
         assert not (tmp_path / "run1").exists()
 
@@ -1339,7 +1359,7 @@ def test_two_processes_train_as_one(arch, tmp_path, monkeypatch, one_thread):
     if arch == "plain":  # in which no statistics differ
         flags.append("--no-head-norm")
     argv = [*flags, "--out", str(tmp_path / "two")]
-    processes(2, f"test_smoke.two_process_run({argv!r})")
+    processes(2, tmp_path, f"test_smoke.two_process_run({argv!r})")
     a, b = [torch.load(tmp_path / f"two/rank{rank}.pt") for rank in (0, 1)]
     for name in a:
         if "running" not in name and "batches" not in name:  # statistics are each process's own
@@ -1616,7 +1636,7 @@ def test_two_processes_analyze_as_one(tmp_path, one_thread):
         if world == 1:
             look(*argv)
         else:
-            processes(world, f"test_smoke.be_quick(); test_smoke.look(*{argv!r})")
+            processes(world, tmp_path, f"test_smoke.be_quick(); test_smoke.look(*{argv!r})")
         outcomes.append(json.loads((tmp_path / f"{world}/analysis.json").read_text())["random"])
     for split in ("train", "held-out"):
         a, b = (outcome[split] for outcome in outcomes)
@@ -1901,7 +1921,9 @@ def test_scripts_mix_no_devices(flags, tmp_path):
         run_folder = str(tmp_path / "run")
         commands += [("linear_eval", run_folder, *data_flags, "--knn", "--labels", "4"),
                      ("analyze", run_folder, "pixels", *data_flags)]
-    run_code(f"import test_smoke; test_smoke.pretend_gpu({commands!r})")
+    job = begin(f"test_smoke.pretend_gpu({commands!r})", tmp_path / "printed")
+    job.join()
+    assert job.exitcode == 0, (tmp_path / "printed").read_text()[-3000:]
 
 # ---------------------------------------------------------------------------------------- a GPU
 
@@ -1916,7 +1938,7 @@ def test_cuda_two_processes(tmp_path):
     make_folder(tmp_path / "flat", classes=(".",), per=20)
     argv = [*map(str, SMALL), "--data", str(tmp_path / "flat"), "--root", str(tmp_path),
             "--steps", "4", "--device", "cuda", "--out", str(tmp_path / "run")]
-    processes(2, f"import pretrain; pretrain.main({argv!r})")
+    processes(2, tmp_path, f"import pretrain; pretrain.main({argv!r})")
     assert math.isfinite(read_log(tmp_path / "run")[-1]["loss"])
 
 @needs_gpu

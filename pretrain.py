@@ -497,6 +497,7 @@ class Muon(torch.optim.SGD):
 
     A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
     moves a layer equally far in all: the features that few images ask for are learned as soon.
+    Weights that move so decay by a tenth of the rate, whatever `wd` is.
     """
 
     def __init__(self, net, muon, lr, wd, fused):

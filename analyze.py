@@ -279,6 +279,7 @@ def draw_space(samples, classes, path):
 def draw_map(samples, images, path, side=20, cell=32):
     """Images where t-SNE puts them, each in the nearest free cell of a grid: what lies close
     together is alike to the network."""
+    side = min(side, math.ceil(min(len(s["o"]) for s in samples.values()) ** 0.5))
     sheet = Sheet((side * cell + 20) * len(samples), side * cell + 40)
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).float()
     for column, (name, s) in enumerate(samples.items()):
@@ -312,11 +313,10 @@ def draw_similarity(samples, path):
             kinds |= {"same class": cosine[same], "other class": cosine[~same]}
         else:
             kinds["two images"] = cosine
-        low = min(value.min().item() for value in kinds.values() if len(value))
-        x = low + (torch.arange(40) + 0.5) * (1 - low) / 40
+        x = (torch.arange(50) + 0.5) / 25 - 1
         curves = {}
         for kind, value in kinds.items():
-            density = torch.histc(value, 40, low, 1) / max(1, len(value)) * 40 / (1 - low)
+            density = torch.histc(value, 50, -1, 1) / max(1, len(value)) * 25
             curves[kind] = torch.stack([x, density], 1).numpy()
         sheet.panel(column, 0, np.concatenate(list(curves.values())), name, "cosine similarity",
                     "density")

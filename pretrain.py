@@ -7,7 +7,7 @@
 
 The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), for small networks Shi et al. 2022.
 Read it from top to bottom: the method, one step, the training loop. Then, as needed: the details
-of the loss, views, networks, monitor and report, the run's folder, flags.
+of the loss, views, networks, optimizer, monitor and report, the run's folder, flags.
 """
 import argparse
 import copy

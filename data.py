@@ -497,7 +497,8 @@ def decode_files(paths, side, pixel_file, index_file):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, pixel_file)
-        save(index_file, dict(rows=torch.tensor(rows).long(), shapes=torch.tensor(shapes).float()))
+        save(temporary, dict(rows=torch.tensor(rows).long(), shapes=torch.tensor(shapes).float()))
+        os.replace(temporary, index_file)  # each file at once, also where two processes decode
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"--root: {error}; make room, or name another --root") from None

@@ -334,7 +334,7 @@ def draw_curves(logs, path):
     kinds = list(dict.fromkeys(groups))
     keys = [key for key in ("loss", "instance_accuracy", "knn", "found")
             if any(key in entry for log in logs.values() for entry in log)]
-    sheet = Sheet(SIDE * len(keys), SIDE)
+    sheet = Sheet(SIDE * len(keys) + 140, SIDE)
     for column, key in enumerate(keys):
         curves = [[(entry["minutes"], entry[key]) for entry in log if key in entry]
                   for log in logs.values()]
@@ -342,7 +342,7 @@ def draw_curves(logs, path):
         sheet.panel(column, 0, points, key.replace("_", " "), "minutes")
         for group, curve in zip(groups, curves):
             sheet.line(curve, COLORS[kinds.index(group) % len(COLORS)])
-    sheet.legend(kinds, 90, SIDE - 70 - 17 * len(kinds))
+    sheet.legend(kinds, SIDE * len(keys) + 20, 60)
     sheet.save(path)
 
 # -------------------------------------------------------------------------------------- 5. the run

@@ -326,7 +326,7 @@ def draw_similarity(samples, path):
     sheet.save(path)
 
 def draw_curves(logs, path):
-    """Loss, instance accuracy and kNN (without labels: found) by minutes of training, of runs' logs.
+    """Loss, instance accuracy and kNN (without labels: found) of runs' logs, by minutes trained.
 
     Runs named NAME-seed0, NAME-seed1 .. share a color.
     """

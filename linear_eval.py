@@ -383,7 +383,7 @@ def read_head(path):
     try:
         head.load_state_dict(state)
     except RuntimeError:
-        raise InputError(f"{path}: its projection head is not one of Linears and ReLUs") from None
+        raise InputError(f"{path}: its projection head is no perceptron with ReLUs") from None
     return head, (widths, norm)
 
 def open_checkpoint(name, args):

@@ -80,7 +80,7 @@ class MoCo(nn.Module):
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         for layer in self.encoder_k.modules():
             if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                layer.__class__ = SplitBatchNorm  # only `forward` differs
+                layer.__class__ = SplitBatchNorm  # its weights and statistics stay
                 layer.splits = splits
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
 
@@ -541,10 +541,11 @@ def orthogonal(g):
     x = g / g.norm().clamp(min=1e-12)
     a = x @ x.T
     product = one = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    for _ in range(5):
+    for step in range(5):
+        if step > 0:
+            a = p @ a @ p
         p = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
         product = p @ product
-        a = p @ a @ p
     return product @ x
 
 # --------------------------------------------------------------------------- 8. monitor and report
@@ -739,7 +740,7 @@ def parse(argv):
     add("--steps", type=count, help="length of the run in steps, instead of --epochs")
     add("--batch", type=count, help="images a step, over all processes [MoCo: 256; 1/80 of all, at "
         "least 64]")
-    add("--lr", type=factor, help="of SGD, for 256 images [0.8 T; MoCo: 0.03]")
+    add("--lr", type=factor, help="of SGD [for 256 images 0.8 T; MoCo: 0.03]")
     add("--muon", type=share, help="learning rate of convolutions with Muon (Jordan 2024); 0: SGD "
         "for all [0.02; MoCo: 0]")
     add("--wd", type=share, help="weight decay [5e-4; MoCo: 1e-4]")

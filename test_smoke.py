@@ -1868,7 +1868,7 @@ def pretend_op(op, args, kwargs):
     return tree_map(wrap, result)
 
 def pretend_gpu(commands):
-    """Run scripts, (name, *flags) each, as on a GPU (instead of backward, gradients are made up)."""
+    """Run scripts, (name, *flags) each, as on a GPU (gradients are made up, not computed)."""
     step = pretrain.Muon.step
 
     def step_with_gradients(self):

@@ -8,7 +8,7 @@ Shi et al. 2022 find that small contrastive models solve the pretext task withou
 still make poor features, because they over-cluster: the space is grouped too tightly, into clusters
 that do not follow the classes. This file measures each part of that sentence. A checkpoint is
 whatever linear_eval.py takes, or `random` (the untrained network), or `pixels`. Into --out go
-analysis.json, map.png, space.png, similarity.png and, of runs, curves.png.
+analysis.json, map.png, similarity.png and, of runs, curves.png.
 """
 import argparse
 import json
@@ -144,15 +144,7 @@ def diagnosis(results):
                     f"{b['ab']:.0f} % of the images find their other view first")
     return lines
 
-# ------------------------------------------------------------------ 3. the space in two dimensions
-
-def pca(x):
-    """Coordinates (N, 2) of x (N, D) along its two directions of largest variance."""
-    x = x.double()
-    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    p = u[:, :2] * s[:2]
-    largest = p.gather(0, p.abs().argmax(0, keepdim=True))
-    return (p * largest.sign()).float()  # signs are arbitrary: the largest is made positive
+# -------------------------------------------------------------------- 3. the map, and the pictures
 
 def tsne(x, perplexity=30, steps=1000):
     """Coordinates (N, 2) of x (N, D), N to about 2,000, by t-SNE (van der Maaten & Hinton 2008),
@@ -171,7 +163,8 @@ def tsne(x, perplexity=30, steps=1000):
         high = torch.where(too_wide, high, beta)
         beta = torch.where(high.isinf(), 2 * beta, (low + high) / 2)
     p = (p + p.T) / (2 * n)
-    y = pca(x)
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    y = u[:, :2] * s[:2]  # starts as the two directions of largest variance, small
     y = 1e-4 * y / y[:, 0].std().clamp(min=1e-30)
     velocity = torch.zeros_like(y)
     gain = torch.ones_like(y)
@@ -185,8 +178,6 @@ def tsne(x, perplexity=30, steps=1000):
         velocity = (0.5 if is_early else 0.8) * velocity - n / 12 * gain * gradient
         y = y + velocity
     return y - y.mean(0)
-
-# --------------------------------------------------------------------------------- 4. the pictures
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")  # Okabe, Ito
 ZOOM = 2  # pictures are drawn twice as large, then shrunk
@@ -204,10 +195,10 @@ class Sheet:
         font = ImageFont.load_default(ZOOM * size)
         self.draw.text((ZOOM * x, ZOOM * y), text, "black", font, anchor=anchor)
 
-    def panel(self, column, row, points, title, x_name="", y_name=""):
+    def panel(self, column, points, title, x_name, y_name=""):
         """Turn to a panel, whose axes span `points` (n, 2), from one round number to another."""
         self.left = SIDE * column + 62
-        self.top = SIDE * row + 44
+        self.top = 44
         points = np.asarray(points)
         ticks = [round_range(points[:, i].min(), points[:, i].max()) for i in (0, 1)]
         self.low = np.array([ticks[0][0], ticks[1][0]])
@@ -217,27 +208,23 @@ class Sheet:
         self.text(self.left, self.top - 26, title, 14)
         self.text(self.left, self.top - 10, y_name, 11)
         self.text(self.left + INSIDE / 2, self.top + INSIDE + 32, x_name, 12, "mm")
-        for x in ticks[0] if x_name else []:
+        for x in ticks[0]:
             at = self.at((x, self.low[1]))[0] / ZOOM
             self.text(at, self.top + INSIDE + 12, f"{x:g}", 11, "mm")
-        for y in ticks[1] if x_name else []:
+        for y in ticks[1]:
             self.text(self.left - 6, self.at((self.low[0], y))[1] / ZOOM, f"{y:g}", 11, "rm")
 
     def at(self, point):
         x, y = (np.asarray(point) - self.low) / self.span
         return ZOOM * (self.left + INSIDE * x), ZOOM * (self.top + INSIDE * (1 - y))
 
-    def dot(self, x, y, kind, radius=3):
-        """At pixels x, y, in the color of class `kind`."""
-        r = ZOOM * radius
-        self.draw.ellipse((x - r, y - r, x + r, y + r), COLORS[kind % len(COLORS)])
-
     def line(self, points, color, width=2):
         self.draw.line([self.at(p) for p in points], color, ZOOM * width, joint="curve")
 
     def legend(self, names, x, y):
         for i, name in enumerate(names):
-            self.dot(ZOOM * (x - 10), ZOOM * (y + 17 * i), i, 4)
+            dot = (x - 14, y + 17 * i - 4, x - 6, y + 17 * i + 4)
+            self.draw.ellipse([ZOOM * v for v in dot], COLORS[i % len(COLORS)])
             self.text(x, y + 17 * i, name)
 
     def save(self, path):
@@ -252,29 +239,6 @@ def round_range(low, high):
     first = math.floor(low / step + 1e-6)
     last = math.ceil(high / step - 1e-6)
     return [round(i * step, 9) for i in range(first, last + 1)]
-
-def draw_space(samples, classes, path):
-    """t-SNE of the originals by class; below, the originals of a class and their views."""
-    sheet = Sheet(SIDE * len(samples) + 140, 2 * SIDE - 40)
-    for column, (name, s) in enumerate(samples.items()):
-        kinds = s["y"].unique()[:len(COLORS)]  # the first classes that are there
-        some = torch.isin(s["y"], kinds).nonzero()[:700, 0]
-        p = tsne(unit(s["o"][some])).numpy()
-        shown = [classes[kind] for kind in kinds] if classes else []
-        sheet.panel(column, 0, p, f"{name}: " + ("classes" if classes else f"{len(some)} images"))
-        for point, kind in zip(p, torch.searchsorted(kinds, s["y"][some]).tolist()):
-            sheet.dot(*sheet.at(point), kind)
-        one = (s["y"] == kinds[0]).nonzero()[:50, 0]
-        p = tsne(unit(torch.cat([s[view][one] for view in "oab"]))).numpy()
-        what = shown[0] if classes else "images"
-        sheet.panel(column, 1, p, f"{name}: {what}, two views each")
-        for original, a, b in zip(*np.split(p, 3)):
-            sheet.line([a, original, b], "#AAAAAA", 1)
-            for kind, point in enumerate((original, a, b)):
-                sheet.dot(*sheet.at(point), kind)
-    sheet.legend(shown, SIDE * len(samples) + 20, 60)
-    sheet.legend(["original", "view a", "view b"], SIDE * len(samples) + 20, SIDE + 60)
-    sheet.save(path)
 
 def draw_map(samples, images, path, side=20, cell=32):
     """Images where t-SNE puts them, each in the nearest free cell of a grid: what lies close
@@ -318,8 +282,8 @@ def draw_similarity(samples, path):
         for kind, value in kinds.items():
             density = torch.histc(value, 50, -1, 1) / max(1, len(value)) * 25
             curves[kind] = torch.stack([x, density], 1).numpy()
-        sheet.panel(column, 0, np.concatenate(list(curves.values())), name, "cosine similarity",
-                    "density")
+        sheet.panel(column, np.concatenate(list(curves.values())), name,
+                    "cosine similarity", "density")
         for color, curve in zip(COLORS, curves.values()):
             sheet.line(curve, color)
         sheet.legend(curves, sheet.left + 20, sheet.top + 14)
@@ -339,13 +303,13 @@ def draw_curves(logs, path):
         curves = [[(entry["minutes"], entry[key]) for entry in log if key in entry]
                   for log in logs.values()]
         points = [point for curve in curves for point in curve]
-        sheet.panel(column, 0, points, key.replace("_", " "), "minutes")
+        sheet.panel(column, points, key.replace("_", " "), "minutes")
         for group, curve in zip(groups, curves):
             sheet.line(curve, COLORS[kinds.index(group) % len(COLORS)])
     sheet.legend(kinds, SIDE * len(keys) + 20, 60)
     sheet.save(path)
 
-# -------------------------------------------------------------------------------------- 5. the run
+# -------------------------------------------------------------------------------------- 4. the run
 
 def sample_splits(train, held, args):
     """{split: (images, rows)}: --per-class images of each class, or without labels ten times as
@@ -449,7 +413,6 @@ def write(results, samples, train, held, args):
         short = list(results)
     samples = dict(zip(short, samples.values()))
     draw_map(samples, held or train, out / "map.png")
-    draw_space(samples, train.classes, out / "space.png")
     draw_similarity(samples, out / "similarity.png")
     logs = {}
     for name, path in zip(short, map(Path, results)):
@@ -460,7 +423,7 @@ def write(results, samples, train, held, args):
                 logs[name] = log
     if logs:
         draw_curves(logs, out / "curves.png")
-    print(f"\nIn {out}: analysis.json, map.png, space.png, similarity.png"
+    print(f"\nIn {out}: analysis.json, map.png, similarity.png"
           f"{', curves.png' if logs else ''}")
 
 if __name__ == "__main__":

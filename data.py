@@ -33,7 +33,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  (imported later it would keep gloo's threads at the end)
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ------------------ 1. augmentation: a function of a batch of images and of uniform random numbers
@@ -294,33 +293,28 @@ def letters(n, seed, size=32):
     they differed in color, that would be the cheapest way to tell them apart, and all that is
     learned.
     """
-    side = 2 * size  # drawn twice as large, for smooth edges
-    font = ImageFont.load_default(0.8 * side)
-    glyphs = []
-    for glyph in GLYPHS:
-        picture = Image.new("L", (side, side))
-        ImageDraw.Draw(picture).text((side / 2, side / 2), glyph, 255, font, anchor="mm")
-        glyphs.append(torch.from_numpy(np.array(picture)) / 255)
-    labels = torch.arange(n) % len(GLYPHS)
-    turn, shear, zoom, x, y, light = 2 * torch.rand(6, n, generator=seeded("letters", seed)) - 1
-    turn = math.radians(22) * turn
-    zero, one = torch.zeros(n), torch.ones(n)
-    rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], 1).view(n, 2, 2)
-    shearing = torch.stack([one, 0.25 * shear, zero, one], 1).view(n, 2, 2)
-    # from a pixel of the picture to the place in the glyph that it shows
-    glyphs = torch.stack(glyphs)[:, None]
-    linear = rotation @ shearing / (0.775 + 0.225 * zoom)[:, None, None]
-    shift = linear @ torch.stack([0.2 * x, 0.2 * y], 1)[:, :, None]
+    middle = size  # drawn twice as large, for smooth edges
+    font = ImageFont.load_default(1.6 * size)
     paper = torch.tensor([0.04, 0.05, 0.08])[:, None, None]
     color = torch.tensor([0.55, 0.95, 0.65])[:, None, None]
-    light = (0.8 + 0.2 * light)[:, None, None, None]
+    labels = torch.arange(n) % len(GLYPHS)
+    numbers = 2 * torch.rand(6, n, generator=seeded("letters", seed)) - 1
     pictures = []
-    for part in torch.arange(n).split(512):
-        grid = F.affine_grid(torch.cat([linear, shift], 2)[part], (len(part), 1, side, side), False)
-        ink = F.grid_sample(glyphs[labels[part]], grid, align_corners=False)
-        picture = torch.lerp(paper, color, F.avg_pool2d(ink, 2)) * light[part]
-        pictures.append((255 * picture).round().byte())
-    return torch.cat(pictures), labels, list(GLYPHS)
+    for label, (turn, shear, zoom, x, y, light) in zip(labels, numbers.T.tolist()):
+        picture = Image.new("L", (2 * size, 2 * size))
+        ImageDraw.Draw(picture).text((middle, middle), GLYPHS[label], 255, font, anchor="mm")
+        # from a pixel of the picture to the place in the glyph that it shows: (a, b; d, e)
+        scale = 0.775 + 0.225 * zoom
+        cos = math.cos(math.radians(22 * turn)) / scale
+        sin = math.sin(math.radians(22 * turn)) / scale
+        a, b = cos, 0.25 * shear * cos - sin
+        d, e = sin, 0.25 * shear * sin + cos
+        x, y = middle * (0.2 * x - 1), middle * (0.2 * y - 1)
+        places = (a, b, a * x + b * y + middle, d, e, d * x + e * y + middle)
+        picture = picture.transform(picture.size, Image.AFFINE, places, Image.BILINEAR)
+        ink = torch.from_numpy(np.array(picture.reduce(2))) / 255
+        pictures.append((0.8 + 0.2 * light) * torch.lerp(paper, color, ink))
+    return (255 * torch.stack(pictures)).round().byte(), labels, list(GLYPHS)
 
 def torchvision_set(name, root, split):
     """Pixels (N, 3, S, S), labels and class names of one of torchvision's data sets."""
@@ -586,16 +580,11 @@ def init_device(name):
     elif device.type == "mps" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
         print(f"torch {torch.__version__} has known faults on a Mac's GPU: install 2.14 or newer, "
               "or pass --device cpu", flush=True)
-    allow_tf32(False)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # float32 means it: no TF32
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # other nodes may decode
     return device
-
-def allow_tf32(allowed):
-    """TF32 has 10 bits of mantissa: enough to train, too few to tell near neighbours apart."""
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
 
 def rank_world():
     """Which process this is, and how many there are."""

@@ -29,8 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
-from data import (InputError, Progress, allow_tf32, gather, init_device, load_file,
-                  mean_over_processes, print0, rank_world, save, share_buffers, to_device)
+from data import (InputError, Progress, gather, init_device, load_file, mean_over_processes, print0,
+                  rank_world, save, share_buffers, to_device)
 from linear_eval import (Parser, Pixels, count, factor, judge, number, read_checkpoint, read_head,
                          read_json, share, side, to_evaluate)
 
@@ -154,18 +154,14 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, views, step, args):
     with autocast:
         q = encoder_q(query_views)
         if args.teacher is None:  # MoCo: update, then encode. A teacher stays as it is
-            t = step / args.total_steps
-            moco.update_key_encoder(cosine(args.momentum, args.momentum_end, t))
+            moco.update_key_encoder(args.momentum)
         new_keys = [moco.encode_keys(view, order) for view in key_views]
     k = torch.cat([keys[rank * n:(rank + 1) * n] for keys in new_keys])
     new_keys = torch.cat(new_keys)
 
-    target = None
+    target = more_keys = is_own = None
     if args.teacher is not None:
         target = teacher_target(k, moco.queue, args.teacher_temp)
-    elif args.smooth > 0:
-        target = smooth_target(q.detach(), k, moco.queue, args.smooth, args.smooth_k)
-    more_keys = is_own = None
     if args.in_batch:
         more_keys = new_keys
         is_own = is_own_image(len(q), len(new_keys), n, q.device)
@@ -200,17 +196,18 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     moco, untrained = build_networks(args, device, is_new=last is None)
     encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
-    dtype = choose_dtype(args.precision, device, args.arch)
-    # not fused in float16: torch's fused SGD keeps the overflow of a first step in its momentum
-    fused = device.type != "mps" and dtype != torch.float16
-    optimizer = Muon(moco.encoder_q, args.muon, args.lr, args.wd, fused)
+    optimizer = Muon(moco.encoder_q, args.muon, args.lr, args.wd)
+    dtype = choose_dtype(args.precision, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # where the run is: steps done, an entry per epoch, sums of this epoch's losses and accuracies
     first, log, sums = 0, [], torch.zeros(2, device=device)
     if last is not None:
-        first, log, sums = restore(last, moco, optimizer, scaler, device)
+        moco.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        first, log, sums = last["step"], last["log"], last["sums"].to(device)
     args.images = train.fingerprint
     state = dict(steps_done=first, digest_of_log=zlib.crc32(repr(log).encode()))
     refuse_differences(vars(args) | dict(out=None) | state)
@@ -222,10 +219,9 @@ def main(argv=None):
         print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while "
                "real keys take the place of the random ones in the queue; then it should fall.")
 
-    allow_tf32(True)
+    minutes = log[-1]["minutes"] if log else 0.0  # trained before
     progress = Progress(steps, first)
-    epoch_began = saved = time.time()
-    epoch_first = first
+    saved = time.time()
     batches = train.prefetch(partial(load_batch, train, args), range(first, steps))
     for step, batch in enumerate(batches, first):
         for group in optimizer.param_groups:
@@ -242,24 +238,18 @@ def main(argv=None):
         loss, accuracy = (sums / done).tolist()
         stop_if_diverged(loss, step, out, args)
         epoch = step // epoch_steps + 1
-        seconds = time.time() - epoch_began
-        speed = (step + 1 - epoch_first) * args.batch / seconds
-        entry = dict(epoch=epoch, step=step + 1, loss=loss, instance_accuracy=100 * accuracy,
-                     lr=optimizer.param_groups[0]["lr"], images_per_s=speed,
-                     minutes=seconds / 60 + (log[-1]["minutes"] if log else 0))
-        line = (f"epoch {epoch}/{math.ceil(steps / epoch_steps)}  loss {loss:.3f}  "
-                f"instance accuracy {100 * accuracy:.1f} %  {speed:.0f} images/s")
+        seconds = time.time() - progress.started
+        entry = dict(epoch=epoch, step=step + 1, minutes=minutes + seconds / 60, loss=loss,
+                     instance_accuracy=100 * accuracy, lr=optimizer.param_groups[0]["lr"],
+                     images_per_s=(step + 1 - first) * args.batch / seconds)
         if epoch_ends:
             if epoch % args.knn_every == 0 or step + 1 == steps:
-                measures = monitor(moco, train, test, args)
-                line += "".join(f"  {name} {value:.2f}" for name, value in measures.items())
-                entry |= measures
+                entry |= monitor(moco, train, test, args)
             log.append(entry)
             sums.zero_()
-            epoch_began = time.time()
-            epoch_first = step + 1
         if rank == 0:
-            progress.show(step + 1, line)
+            words = [f"{key.replace('_', ' ')} {round(value, 3)}" for key, value in entry.items()]
+            progress.show(step + 1, "  ".join(words))
             if epoch_ends or save_is_due:
                 save_run(out, moco, optimizer, scaler, step + 1, log, sums)
                 saved = time.time()
@@ -383,11 +373,6 @@ def is_own_image(queries, keys, n, device):
     image_of_key = torch.arange(keys, device=device) % (n * world)
     return image_of_query[:, None] == image_of_key
 
-def smooth_target(q, k, queue, smooth, n):
-    """1 - smooth on the own key, the rest evenly on the n nearest keys of the queue (Lin 2022)."""
-    nearest = (q @ queue.T).topk(n, dim=1).indices
-    return (1 - smooth) * k + smooth * queue[nearest].mean(1)
-
 def teacher_target(z, queue, temperature):
     """The mean key under the teacher's softmax over [its embedding z, a queue of such] (SEED)."""
     return softmax_over_keys(z, z, queue, temperature)[0]
@@ -464,7 +449,7 @@ def build_teacher(args, is_new):
     """SEED (Fang et al. 2021) is MoCo whose key encoder is a trained network that stays as it is,
     sees the query's own view, and says how much each key of the queue resembles it."""
     if is_new:
-        backbone, known = read_checkpoint(args.teacher, args.teacher_arch, args.teacher_stem)
+        backbone, known = read_checkpoint(args.teacher, args.teacher_arch)
         head, args.teacher_head = read_head(args.teacher)
         args.teacher_arch, args.teacher_stem = known["arch"], known["stem"]
     else:
@@ -476,18 +461,12 @@ def build_teacher(args, is_new):
                          f"give --dim {width}")
     return Encoder(backbone, head)
 
-def choose_dtype(precision, device, arch):
-    """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16), and for ResNets on
-    CPUs that have it (depthwise convolutions are slower in it there); else float32."""
-    if precision != "auto":
-        return getattr(torch, precision)
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    if device.type == "cpu" and arch.startswith("resnet"):
-        if hasattr(torch.cpu, "get_capabilities"):  # torch 2.9 has no such function
-            if torch.cpu.get_capabilities().get("avx512_bf16"):
-                return torch.bfloat16
-    return torch.float32
+def choose_dtype(precision, device):
+    """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16); else float32."""
+    if precision == "auto":
+        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bfloat16" if has_it else "float32"
+    return getattr(torch, precision)
 
 # ---------------------------------------------------------------------------- 7. the optimizer
 
@@ -500,7 +479,7 @@ class Muon(torch.optim.SGD):
     Weights that move so decay by a tenth of the rate, whatever `wd` is.
     """
 
-    def __init__(self, net, muon, lr, wd, fused):
+    def __init__(self, net, muon, lr, wd):
         convolutions = []
         for layer in net.modules():
             if muon > 0 and isinstance(layer, nn.Conv2d) and layer.bias is None:
@@ -511,15 +490,12 @@ class Muon(torch.optim.SGD):
         groups = [dict(params=others, peak_lr=lr)]
         if convolutions:
             groups.append(dict(params=convolutions, peak_lr=muon))
-        super().__init__(groups, lr, 0.9, weight_decay=wd, fused=fused)
+        super().__init__(groups, lr, 0.9, weight_decay=wd)
 
     @torch.no_grad()
     def step(self):
-        allow_tf32(False)
         for group in self.param_groups[1:]:
             for w in group["params"]:
-                if w.grad is None:
-                    continue
                 if "momentum_buffer" not in self.state[w]:
                     self.state[w]["momentum_buffer"] = torch.zeros_like(w)
                 momentum = self.state[w]["momentum_buffer"].mul_(0.95).add_(w.grad)
@@ -527,7 +503,6 @@ class Muon(torch.optim.SGD):
                 move = orthogonal(g) * max(1, len(g) / g.shape[1]) ** 0.5
                 w.mul_(1 - 0.1 * group["lr"]).sub_(move.view_as(w), alpha=group["lr"])
                 w.grad = None  # done
-        allow_tf32(True)
         super().step()
 
 def orthogonal(g):
@@ -554,15 +529,12 @@ def monitor(moco, train, test, args):
     """What `judge` says of the backbone while it trains: {measure: %}."""
     share_buffers(moco.encoder_q)
     moco.encoder_q.eval()
-    allow_tf32(False)
     measures = judge(moco.encoder_q.backbone, train, test, args.size, **augmentation(args))
-    allow_tf32(True)
     moco.encoder_q.train()
     return measures
 
 def report(out, learned, untrained, train, test, args):
     """What the features are worth, beside those of random weights and beside raw pixels."""
-    allow_tf32(False)
     networks = {"learned": learned.eval(), "random weights": untrained, "raw pixels": Pixels()}
     print0("")
     for name, network in networks.items():
@@ -587,20 +559,6 @@ def next_free_folder(args):
     while (path := Path("runs") / f"{Path(args.data).resolve().name}-{args.arch}-{i}").exists():
         i += 1
     return path
-
-def restore(last, moco, optimizer, scaler, device):
-    """-> steps done, log, sums of the epoch so far."""
-    fused = optimizer.param_groups[0]["fused"]
-    try:
-        moco.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        step, log, sums = last["step"], last["log"], last["sums"].to(device)
-    except (RuntimeError, LookupError, TypeError, ValueError):
-        raise InputError("last.pt: not of the run that args.json beside it describes") from None
-    for group in optimizer.param_groups:
-        group["fused"] = fused  # the device may be another one
-    return step, log, sums
 
 def refuse_differences(facts):
     """End all processes with one line unless they hold the same facts, {what: value}."""
@@ -654,16 +612,12 @@ def stop_if_diverged(loss, step, out, args):
 
 # ------------------------------------------------------------------------- 10. schedules and flags
 
-def cosine(start, end, t):
-    """From `start` at t = 0 to `end` at t = 1, along half a cosine."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * t))
-
 def schedule(args, step, epoch_steps):
-    """Of the learning rates: a linear warm-up times a cosine, from one down to zero."""
+    """Of the learning rates: a linear warm-up times half a cosine, from one down to zero."""
     warmup = 1.0
     if args.warmup > 0:
         warmup = min(1, (step + 1) / (args.warmup * epoch_steps))
-    return warmup * cosine(1, 0, step / args.total_steps)
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / args.total_steps))
 
 # MoCo v2 (Chen et al. 2020); `quick` is a MoCo, too, for minutes to hours: keys of weak views cost
 # nothing and say more, the others make the start fast. What it leaves open, fill_auto picks.
@@ -673,7 +627,6 @@ RECIPES = {
     "quick": dict(temp=0.1, muon=0.02, wd=5e-4, head_norm=True, zero_init=True),
     "moco-v2": MOCO_V2,
     "small": MOCO_V2 | dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi 2022
-    "light": MOCO_V2 | dict(symmetric=True, smooth=0.1, head="2048", momentum_end=1.0),  # Lin 2022
 }
 
 def parse(argv):
@@ -691,74 +644,57 @@ def parse(argv):
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="mobilenetv3", choices=list(models.ARCHS), help="[mobilenetv3]")
-    add("--stem", choices=models.STEMS, help="[imagenet; small from 5,000 steps on, up to 64 "
-        "pixels; MoCo: imagenet]")
+    add("--stem", choices=models.STEMS, help="[small from 5,000 steps on, up to 64 pixels; "
+        "MoCo: imagenet]")
     add("--head", default="simple", help="linear, simple, wide (Shi 2022), deep, a width [simple]")
     add("--head-norm", action=switch, help="BatchNorm in the head (SimCLR) [on; MoCo: off]")
     add("--dim", type=count, default=128, help="width C of the embedding [128]")
     add("--init", help="start from the backbone of this checkpoint [random weights]")
-    add("--zero-init", action=switch, help="residual blocks start as the identity (Goyal 2017) "
-        "[on; MoCo: off]")
+    add("--zero-init", action=switch, help="blocks start as the identity (Goyal 2017) [on; MoCo: "
+        "off]")
 
     add = parser.add_argument_group("contrast").add_argument
     add("--temp", type=temperature, help="temperature T [0.1, as Shi 2022; MoCo: 0.2]")
-    add("--momentum", type=share, help="m of the key encoder [1 - 200 / steps, from 0.8 to MoCo's "
-        "0.999]")
-    add("--queue", type=count, help="keys K in the queue [MoCo: 65536; a tenth of the images, and "
-        "no key staler than MoCo's]")
-    add("--in-batch", action=switch, help="the step's other keys are negatives, too (SimCLR, MoCo "
-        "v3) [on; MoCo: off]")
-    add("--weak-keys", action=switch, help="keys are of views without color changes and blur (Wang "
-        "2022) [on; MoCo: off]")
-    add("--bn-splits", type=count, help="parts of the shuffled keys for BatchNorm [MoCo: 8; at "
-        "least 2, of 64 images or more]")
-
-    add = parser.add_argument_group("beyond MoCo v2").add_argument
-    add("--symmetric", action="store_true", help="both views are query and key (Lin 2022)")
-    add("--smooth", type=partial(number, 0, 0.999, float), default=0, help="share of the target on "
-        "near keys (Lin 2022) [0]")
-    add("--smooth-k", type=count, default=5, help="on how many [5]")
-    add("--momentum-end", type=share, help="m goes there along a cosine (Lin 2022: 1) [constant]")
-    add("--teacher", help="distill this checkpoint (SEED, Fang 2021) instead of MoCo; --init then "
-        "starts a MoCo from the result")
+    add("--momentum", type=share, help="m of the key encoder [1 - 200 / steps, 0.8 to 0.999]")
+    add("--queue", type=count, help="keys K [a tenth of the images, none staler than MoCo's]")
+    add("--in-batch", action=switch, help="negatives from the step (SimCLR) [on; MoCo: off]")
+    add("--weak-keys", action=switch, help="keys of crops without colors (Wang 2022) [on; MoCo: "
+        "off]")
+    add("--bn-splits", type=count, help="parts of the keys for BatchNorm [8, of 64 images or more]")
+    add("--symmetric", action="store_true", help="both views are query and key (MoCo v3)")
+    add("--teacher", help="distill this checkpoint (SEED, Fang 2021); --init then starts a MoCo "
+        "from the result")
     add("--teacher-arch", choices=list(models.ARCHS), help="[as its args.json says]")
-    add("--teacher-stem", choices=models.STEMS, help="[as its args.json says, or imagenet]")
     add("--teacher-temp", type=partial(number, 0.003, 99, float), default=0.01, help="[0.01]")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", type=share, nargs=2, metavar=("LO", "HI"), help="range of its area [0.2 1; up to "
-        "0.35 1 in runs under 2,000 steps; MoCo: 0.2 1]")
-    add("--jitter", type=factor, default=0.4, help="of brightness, contrast, saturation [0.4; Shi "
-        "2022: 0.8]")
-    add("--hue", type=factor, default=0.1, help="jitter in turns [0.1; Shi 2022: 0.4]")
-    add("--gray", type=share, default=0.2, help="probability of grayscale [0.2; Shi 2022: 0.5]")
+    add("--crop", type=share, nargs=2, metavar=("LO", "HI"), help="range of its area [0.2 1, in "
+        "runs under 2,000 steps up to 0.35 1; MoCo: 0.2 1]")
+    add("--jitter", type=factor, default=0.4, help="of brightness, contrast, saturation [0.4]")
+    add("--hue", type=factor, default=0.1, help="jitter in turns [0.1]")
+    add("--gray", type=share, default=0.2, help="probability of grayscale [0.2]")
     add("--blur", type=share, default=0.5, help="probability of Gaussian blur [0.5]")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=count, help="passes over the images [a first result in minutes: 75,000 "
-        "images at 32 pixels, at least 10 epochs, at most MoCo's 200]")
+    add("--epochs", type=count, help="passes over the images [75,000 images at 32 pixels, or 10]")
     add("--steps", type=count, help="length of the run in steps, instead of --epochs")
-    add("--batch", type=count, help="images a step, over all processes [MoCo: 256; 1/80 of all, at "
-        "least 64]")
-    add("--lr", type=factor, help="of SGD [for 256 images 0.8 T; MoCo: 0.03]")
-    add("--muon", type=share, help="learning rate of convolutions with Muon (Jordan 2024); 0: SGD "
-        "for all [0.02; MoCo: 0]")
+    add("--batch", type=count, help="images a step, over all processes [1/80 of all, 64 to 256]")
+    add("--lr", type=factor, help="of SGD [0.8 T for 256 images; MoCo: 0.03]")
+    add("--muon", type=share, help="rate of convolutions with Muon (Jordan 2024) [0.02; MoCo: 0, "
+        "which is SGD]")
     add("--wd", type=share, help="weight decay [5e-4; MoCo: 1e-4]")
     add("--warmup", type=factor, help="in epochs, linear [2, or a seventh of all; MoCo: 0]")
 
     add = parser.add_argument_group("run").add_argument
-    add("--recipe", default="quick", choices=list(RECIPES), help="a set of the flags above, each "
-        "of which still overrides it [quick]")
+    add("--recipe", default="quick", choices=list(RECIPES), help="values of flags above [quick]")
     add("--out", help="folder of the run [runs/DATA-ARCH-N]")
-    add("--resume", action="store_true", help="go on with the run in --out; start it if there is "
-        "none")
+    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     add("--save-every", type=factor, default=10, help="minutes between checkpoints [10]")
     add("--knn-every", type=count, help="epochs between looks at held-out images [1/5 of the run]")
     add("--seed", type=int, default=0, help="of weights, order and views [0]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the networks [bfloat16 on GPUs that have it, and for ResNets on such CPUs; else "
-        "float32; on a T4: float16]")
+        help="of the networks [bfloat16 on GPUs that have it, else float32; on a T4: float16]")
 
     parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])  # what is typed overrides them
     args = parser.parse_args(argv)
@@ -767,30 +703,23 @@ def parse(argv):
 
 def flags_of_the_run(args, typed):
     """A run that goes on keeps its flags; only where and how it runs may be typed anew."""
-    if args.out is None:
-        if args.resume:
-            raise InputError("--resume: name the run's folder with --out")
-        return args
-    file = Path(args.out) / "args.json"
-    if not file.is_file():
-        if (Path(args.out) / "last.pt").exists():
-            raise InputError(f"--out {args.out}: holds last.pt, but not the run's args.json")
+    if args.out is None and args.resume:
+        raise InputError("--resume: name the run's folder with --out")
+    file = Path(args.out or "") / "args.json"
+    if args.out is None or not file.exists():
         return args
     if not args.resume:
         raise holds_a_run(args.out)
     saved = read_json(file)
-    if not vars(args).keys() <= saved.keys():
-        raise InputError(f"{file}: of another version, without "
-                         f"{min(vars(args).keys() - saved.keys())}; begin another run")
     for name, value in typed.items():
-        if value is None or name in ("out", "resume"):
+        if value is None:
             continue
-        if name in ("device", "save_every", "knn_every"):
+        if name in ("out", "resume", "device", "save_every", "knn_every"):
             saved[name] = value
-        elif value != saved[name]:
+        elif value != saved.get(name):
             raise InputError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
-                             f"{saved[name]}; leave the flag out, or begin another run")
-    return argparse.Namespace(**(saved | dict(out=args.out, resume=True)))
+                             f"{saved.get(name)}; leave the flag out, or begin another run")
+    return argparse.Namespace(**vars(args) | saved)
 
 def fill_auto(args, n, world):
     """Flags left open, from the number n of images. Each rule may use the flags above it."""
@@ -808,14 +737,15 @@ def fill_auto(args, n, world):
         if name in open_flags:  # SEED has the queue alone, and the same view for both
             setattr(args, name, args.teacher is None)
     if args.lr is None:  # a loss with 1 / T in it has gradients with 1 / T in them
-        args.lr = (0.8 * args.temp if args.recipe == "quick" else 0.03) * args.batch / 256
+        peak = 0.8 * args.temp if args.recipe == "quick" else 0.03
+        args.lr = round(peak * args.batch / 256, 5)
     if args.warmup is None:  # a network that outruns its keys has no time to recover
-        args.warmup = min(2, args.total_steps / epoch_steps / 7)
+        args.warmup = round(min(2, args.total_steps / epoch_steps / 7), 2)
     if args.crop is None:  # two small crops have little in common, which takes long to learn
-        args.crop = [min(0.35, max(0.2, 400 / args.total_steps)), 1.0]
+        args.crop = [round(min(0.35, max(0.2, 400 / args.total_steps)), 3), 1.0]
     if args.momentum is None:  # in a short run a slow key encoder would never catch up. This gives
         # 0.99 at the length of MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs
-        args.momentum = min(0.999, max(0.8, 1 - 200 / args.total_steps))
+        args.momentum = round(min(0.999, max(0.8, 1 - 200 / args.total_steps)), 4)
     if args.queue is None:
         # MoCo's queue spans 256 steps, in which f_k moves by 256 (1 - m) = 0.256; staler keys are
         # told from new ones. With an eighth of the images or less, fewer than 1 % of the queries
@@ -830,21 +760,9 @@ def fill_auto(args, n, world):
         args.bn_splits = max(fitting, default=world)
     if args.knn_every is None:
         args.knn_every = max(1, args.total_steps // epoch_steps // 5)
-    picked = [as_flag(name, getattr(args, name)) for name in open_flags]
-    if any(picked):
-        print0(f"--recipe {args.recipe}, and for {n:,} images " + " ".join(filter(None, picked)))
-    if args.momentum_end is None:
-        args.momentum_end = args.momentum
-
-def as_flag(name, value):
-    """As it would be typed; nothing for what is still open."""
-    flag = name.replace("_", "-")
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
-    numbers = value if isinstance(value, list) else [value]
-    return " ".join([f"--{flag}"] + [f"{v:g}" if isinstance(v, float) else str(v) for v in numbers])
+    values = {name: getattr(args, name) for name in open_flags}
+    picked = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+    print0(f"--recipe {args.recipe}, for {n:,} images: {picked}")
 
 def power_of_two(n):
     """The largest one up to n."""
@@ -872,15 +790,10 @@ def check(args, images, world):
                          f"or more, the same number on each of {world} processes")
     if args.head not in models.HEADS and not (args.head.isdigit() and int(args.head) > 0):
         raise InputError(f"--head {args.head}: choose from {', '.join(models.HEADS)}, or a width")
-    if args.smooth > 0 and args.smooth_k > args.queue:
-        raise InputError(f"--smooth-k {args.smooth_k}: the queue has only {args.queue} keys")
-    if args.teacher is not None and (args.smooth > 0 or args.in_batch or args.weak_keys):
-        raise InputError("--teacher: takes none of --smooth, --in-batch, --weak-keys")
+    if args.teacher is not None and (args.in_batch or args.weak_keys):
+        raise InputError("--teacher: takes neither --in-batch nor --weak-keys")
     if args.crop[0] > args.crop[1]:
         raise InputError(f"--crop {args.crop[0]:g} {args.crop[1]:g}: LO must be at most HI")
-    if args.queue > n // 7:
-        print0(f"--queue {args.queue} is long for {n:,} images: {50 * (args.queue / n) ** 2:.0f} % "
-               "of the queries will meet an older key of their own image as a negative")
 
 if __name__ == "__main__":
     try:

@@ -46,6 +46,7 @@ TORCHVISION = dict(resnet18="resnet18", resnet34="resnet34", resnet50="resnet50"
 SMALL = ["--arch", "mobilenetv3_small", "--batch", 8, "--queue", 16, "--size", 32,
          "--stem", "imagenet", "--device", "cpu"]
 CPU = torch.device("cpu")
+torch.set_num_threads(1)  # sums of several threads have other bits, and small work gains nothing
 
 @pytest.fixture(autouse=True)
 def little_work(tmp_path, monkeypatch):
@@ -87,6 +88,21 @@ def make_folder(folder, classes=("a", "b c", "ü"), per=8, side=32, seed=0):
             image = picture(side, side + 4 * j, seed + 100 * i + j)
             image.save(folder / name / f"{j} é.jpg")
 
+@pytest.fixture(scope="session")
+def flat(tmp_path_factory):
+    """Flags of 20 images without labels, which no test changes."""
+    here = tmp_path_factory.mktemp("shared")
+    make_folder(here / "flat", classes=(".",), per=20)
+    return ["--data", str(here / "flat"), "--root", str(here), *map(str, SMALL)]
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """Flags of three classes with 14 training images and 5 held-out ones each."""
+    here = tmp_path_factory.mktemp("shared")
+    make_folder(here / "images/train", per=14)
+    make_folder(here / "images/test", per=5, seed=50)
+    return ["--data", str(here / "images"), "--root", str(here), *map(str, SMALL)]
+
 def run(*argv):
     return pretrain.main(["--device", "cpu", *map(str, argv)])
 
@@ -111,7 +127,6 @@ def begin(code, out, **env):
 
 def run_forked(code, out, env):
     os.environ.update(env)
-    torch.set_num_threads(1)
     with open(out, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -136,14 +151,6 @@ def processes(world, folder, code, codes=(0,)):
     ended = [job.exitcode for job in jobs]
     assert set(ended) <= set(codes), printed
     return ended, printed
-
-@pytest.fixture
-def one_thread():
-    """As in `processes`: sums of several threads have other bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 def assert_the_group_ended():
     """A group's thread that outlives it may abort the process while Python ends."""
@@ -474,61 +481,62 @@ def test_no_image_is_handed_to_another_program(tmp_path, monkeypatch):
         image.load()
     assert (tmp_path / "ran").exists()  # the attack is real
 
-def load(folder, root, **flags):
-    return data.load(str(folder), root, **flags)
+def load(folder, root, size=None, keep=None):
+    return data.load(str(folder), root, size, keep)
 
 def test_folders(tmp_path, capsys):
     make_folder(tmp_path / "split/train")
     make_folder(tmp_path / "split/test", per=2, seed=50)
     (tmp_path / "split/val").mkdir()  # empty: test/ counts
-    make_folder(tmp_path / "flat", classes=(".",))
-    make_folder(tmp_path / "nested/deep/er", classes=("x",))
-    bad = tmp_path / "split/train/a"
-    (bad / "html.jpg").write_text("<html>")
-    (bad / "notes.txt").write_text("hello")
-    (bad / "torn.jpg").write_bytes((bad / "7 é.jpg").read_bytes()[:300])
+    strange = tmp_path / "split/train/a"
+    rgb = Image.open(strange / "0 é.jpg")
+    (strange / "html.jpg").write_text("<html>")
+    (strange / "notes.txt").write_text("hello")
+    (strange / "torn.jpg").write_bytes((strange / "7 é.jpg").read_bytes()[:300])
+    (strange / "zero.png").touch()
+    (strange / "link.jpg").symlink_to("nowhere.jpg")
+    Image.new("1", (30000, 30000)).save(strange / "bomb.png")  # 100 kB that would be 2.7 GB
+    Image.new("RGB", (1, 1), "red").save(strange / "dot.png")
+    Image.new("RGB", (20000, 10)).save(strange / "strip.png")
+    rgb.save(strange / "moving.gif", save_all=True, append_images=[rgb.rotate(90)])
+    rgb.save(os.fsencode(strange) + b"/no text \xff.png", "png")
+    Path(os.fsdecode(os.fsencode(strange) + b"/empty \xff.jpg")).touch()
+    (strange / "loop").symlink_to(strange, target_is_directory=True)
+    make_folder(tmp_path / "more", classes=(".",), per=1)
+    (strange / "elsewhere").symlink_to(tmp_path / "more", target_is_directory=True)
     picture(9, 9).save(tmp_path / "split/train/loose.png")
-    make_folder(tmp_path / "split/train", classes=(".thumbnails",))
-    make_folder(tmp_path / "split/train", classes=("runs",))
+    make_folder(tmp_path / "split/train", classes=(".thumbnails", "runs"))
     (tmp_path / "split/train/runs/args.json").touch()
+    data.init_device("cpu")  # names that are no text can be printed
     train, test, size = load(tmp_path / "split", tmp_path)
-    assert (len(train), len(test), size) == (24, 6, 32)
+    assert (len(train), len(test), size) == (29, 6, 32)
     assert train.classes == ["a", "b c", "ü"]
-    assert train.labels.bincount().tolist() == [8, 8, 8]
+    assert train.labels.bincount().tolist() == [13, 8, 8]
     printed = capsys.readouterr().out
-    assert "left out 2 unreadable" in printed and "html.jpg" in printed
+    assert "left out 6 unreadable" in printed and "bomb.png" in printed
     assert "left out 1 beside the class folders" in printed and "loose.png" in printed
     load(tmp_path / "split", tmp_path)
     assert "decoded" not in capsys.readouterr().out  # once
+
     make_folder(tmp_path / "large", classes=(".",), side=100, per=1)
     assert load(tmp_path / "large", tmp_path)[2] == 64
-    for name in ("flat", "nested"):
-        train, test, _ = load(tmp_path / name, tmp_path)
-        assert len(train) == 8 and test is None
-        assert (train.labels == -1).all()
-    (tmp_path / "none").mkdir()
-    for name in ("none", "missing"):
-        with pytest.raises(InputError, match=name):
-            load(tmp_path / name, tmp_path)
+    make_folder(tmp_path / "nested/deep/er", classes=("x",))
+    train, test, _ = load(tmp_path / "nested", tmp_path)
+    assert len(train) == 8 and test is None and (train.labels == -1).all()
     make_folder(tmp_path / "wrong/train")
     make_folder(tmp_path / "wrong/test", classes=("a", "zebra"))
     with pytest.raises(InputError, match="zebra"):
         load(tmp_path / "wrong", tmp_path)
 
 def test_a_file_more_moves_no_other_to_the_held_out_side(tmp_path):
-    names = [f"{c}/{i:04}.jpg" for c in "ab" for i in range(500)]
-    for name in names:
-        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(8, 8).save(tmp_path / "images" / name)
-    train, test, _ = load(tmp_path / "images", tmp_path, size=8, keep=8)
-    assert 70 <= len(test) <= 130 and len(train) + len(test) == 1000
-    picture(8, 8).save(tmp_path / "images/a/0000 new.jpg")
-    train_2, test_2, _ = load(tmp_path / "images", tmp_path, size=8, keep=8)
-    is_new = data.is_held_out("a/0000 new.jpg")
-    assert len(test_2) == len(test) + is_new and len(train_2) == len(train) + (not is_new)
-    if not is_new:
-        assert test.fingerprint == test_2.fingerprint  # of their names, in order
-    assert train.fingerprint != train_2.fingerprint or is_new
+    make_folder(tmp_path / "images", classes="ab", per=100, side=8)
+    train, test, _ = load(tmp_path / "images", tmp_path)
+    assert 5 <= len(test) <= 40 and len(train) + len(test) == 200
+    picture(8, 8).save(tmp_path / "images/a/0 new.jpg")
+    assert not data.is_held_out("a/0 new.jpg")
+    train_2, test_2, _ = load(tmp_path / "images", tmp_path)
+    assert len(train_2) == len(train) + 1 and train.fingerprint != train_2.fingerprint
+    assert test.fingerprint == test_2.fingerprint  # of their names, in order
 
 def test_views_of_the_decoded_folder_are_crops_of_the_original(tmp_path):
     (tmp_path / "images").mkdir()
@@ -568,36 +576,14 @@ def test_a_folder_is_decoded_again_when_it_changes(tmp_path, monkeypatch, capsys
     load("flat", tmp_path)  # the same folder
     assert len(set((tmp_path / "decoded").glob("*.pixels")) - files) == 2
 
-def test_pixels_that_do_not_fit_on_the_device_are_fetched_ahead(tmp_path, monkeypatch):
-    make_folder(tmp_path / "flat", classes=(".",), per=9)
-    images = load(tmp_path / "flat", tmp_path)[0]
+def test_pixels_that_do_not_fit_on_the_device_are_fetched_ahead(flat, monkeypatch):
+    images = load(flat[1], flat[3])[0]
     steps = [torch.tensor([i, 8 - i, 4]) for i in range(5)]
     expected = [images.get(rows) for rows in steps]
     images.device = "far"
     monkeypatch.setattr(data, "to_device", lambda x, device: x)
     for got, wanted in zip(images.prefetch(images.get, steps), expected, strict=True):
         assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
-
-class Waiting:
-    """The pixels of an image between decoding and the disk, and how many wait at once."""
-    now = most = 0
-
-    def __init__(self):
-        Waiting.now += 1
-        Waiting.most = max(Waiting.most, Waiting.now)
-
-    def tobytes(self):
-        Waiting.now -= 1
-        time.sleep(0.001)  # a slow disk
-        return bytes(192)
-
-def test_few_decoded_images_wait_for_a_slow_disk(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "decode", lambda path, side: (Waiting(), 8, 8))
-    monkeypatch.setattr(data, "rank_world", lambda: (1, 2))  # whoever decodes shows how far it is
-    monkeypatch.setattr(data.Progress, "due", lambda self: self.is_shown)
-    data.decode_files(["x"] * 2000, 8, tmp_path / "a.pixels", tmp_path / "a.index")
-    assert (tmp_path / "a.pixels").stat().st_size == 2000 * 192 and 0 < Waiting.most <= 512
-    assert "decoding 1,024/2,000 images" in capsys.readouterr().out
 
 def decode_slowly(folder, root, locks):
     decode = data.decode
@@ -764,21 +750,16 @@ def test_info_nce_never_holds_the_logits():
 
 def test_soft_targets_are_cross_entropy():
     q, k, queue = unit(7, 16, seed=1), unit(7, 16, seed=2), unit(900, 16, seed=3)
-    smooth = torch.zeros(7, 901, dtype=torch.float64)
-    smooth.scatter_(1, 1 + (q @ queue.T).topk(5).indices, 0.3 / 5)
-    smooth[:, 0] = 0.7
     logits = torch.cat([(k * k).sum(1, keepdim=True), k @ queue.T], 1) / 0.05
-    cases = [(pretrain.smooth_target(q, k, queue, 0.3, 5), smooth),
-             (pretrain.teacher_target(k, queue, 0.05), logits.softmax(1))]
-    for target, distribution in cases:
-        a = q.clone().requires_grad_()
-        b = q.clone().requires_grad_()
-        loss, _ = pretrain.info_nce(a, k, queue, 0.2, target)
-        expected, _ = cross_entropy(b, k, queue, 0.2, distribution)
-        loss.sum().backward()
-        expected.sum().backward()
-        assert torch.allclose(loss, expected, rtol=1e-10)
-        assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-12)
+    a = q.clone().requires_grad_()
+    b = q.clone().requires_grad_()
+    target = pretrain.teacher_target(k, queue, 0.05)
+    loss, _ = pretrain.info_nce(a, k, queue, 0.2, target)
+    expected, _ = cross_entropy(b, k, queue, 0.2, logits.softmax(1))
+    loss.sum().backward()
+    expected.sum().backward()
+    assert torch.allclose(loss, expected, rtol=1e-10)
+    assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-12)
 
 def check_kernel(device):
     """The Triton kernel against cross-entropy in float64, on any shape."""
@@ -900,14 +881,11 @@ def calls_of_a_run(tmp_path, monkeypatch, *flags, steps=1):
 
 def test_techniques_change_what_their_formula_says(tmp_path, monkeypatch):
     start = partial(calls_of_a_run, tmp_path, monkeypatch)
-    calls, plain = start()
+    calls, _ = start()
     q, k, queue, temperature, target, more_keys, is_own = calls[0]
     assert (len(q), temperature, target) == (8, 0.1, None)
     assert torch.equal(more_keys, k) and torch.equal(is_own, torch.eye(8).bool())
     assert start("--no-in-batch")[0][0][5] is None
-    _, off = start("--smooth", 0, "--momentum-end", 0.8, "--recipe", "quick")
-    for a, b in zip(plain.state_dict().values(), off.state_dict().values()):
-        assert torch.equal(a, b)
 
     q2, k2, queue2, *_ = start("--symmetric")[0][0]
     assert torch.equal(q2[:8], q) and torch.equal(k2[:8], k) and torch.equal(queue2, queue)
@@ -922,13 +900,9 @@ def test_techniques_change_what_their_formula_says(tmp_path, monkeypatch):
     views = data.augment(pixels, u[1], 32, (0.35, 1), 0, 0, 0, 0, shapes)  # crop and flip alone
     assert torch.equal(calls[0][0], q) and torch.allclose(calls[0][1], moco.encoder_q([views]))
 
-    target = start("--smooth", 0.3, "--smooth-k", 2)[0][0][4]
-    assert torch.equal(target, pretrain.smooth_target(q, k, queue, 0.3, 2))
-
 def test_schedules():
     args = pretrain.parse(["--momentum", "0.5", "--lr", "2", "--warmup", "2"])
     args.total_steps = 100
-    assert pretrain.cosine(0.5, 1, 0.5) == 0.75
     rates = [pretrain.schedule(args, step, 10) for step in range(100)]
     assert rates[0] == pytest.approx(1 / 20) and max(rates) == rates[19]
     assert rates[50] == pytest.approx(0.5)
@@ -952,7 +926,7 @@ def test_muon_is_sgd_but_for_dense_convolutions(muon):
     net = models.build("mobilenetv3_small").double().to(memory_format=torch.channels_last)
     peer = copy.deepcopy(net)
     sgd = torch.optim.SGD(peer.parameters(), 0.1, 0.9, weight_decay=1e-3)
-    optimizer = pretrain.Muon(net, muon, 0.1, 1e-3, fused=True)
+    optimizer = pretrain.Muon(net, muon, 0.1, 1e-3)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"]
     w = net.features[2].block[0][0].weight  # 72 x 16 x 1 x 1
@@ -1022,9 +996,9 @@ def filled(n, world=1, *flags):
 def test_open_flags_follow_the_number_of_images(capsys):
     args = filled(5120)
     assert (args.batch, args.queue, args.total_steps, args.stem) == (64, 128, 14 * 80, "imagenet")
-    assert args.momentum == pytest.approx(1 - 200 / 1120) and args.lr == pytest.approx(0.02)
+    assert (args.momentum, args.lr) == (0.8214, 0.02)
     assert args.in_batch and args.weak_keys and args.warmup == 2
-    assert "--recipe quick, and for 5,120 images --stem imagenet" in capsys.readouterr().out
+    assert "--recipe quick, for 5,120 images: stem imagenet" in capsys.readouterr().out
     for n, world in ((5, 1), (9, 1), (9, 2), (100, 3), (1000, 3), (100, 8)):  # small sets, too
         args = filled(n, world)
         images = load_nothing(n)
@@ -1036,26 +1010,12 @@ def test_open_flags_follow_the_number_of_images(capsys):
     args = filled(1_281_167, 8, "--size", "224", "--epochs", "200", "--recipe", "moco-v2")
     published = dict(batch=256, queue=65536, momentum=0.999, bn_splits=8, lr=0.03, warmup=0,
                      temp=0.2, wd=1e-4, head="simple", dim=128, crop=[0.2, 1], jitter=0.4, hue=0.1,
-                     gray=0.2, blur=0.5, stem="imagenet", symmetric=False, smooth=0)
+                     gray=0.2, blur=0.5, stem="imagenet", symmetric=False)
     assert published.items() <= vars(args).items()
     assert not (args.in_batch or args.zero_init or args.weak_keys or args.head_norm)
 
 def load_nothing(n):
     return data.Images(torch.zeros(n, 3, 1, 1), None, torch.zeros(n), [], CPU, "")
-
-def test_queries_that_meet_their_own_image_are_as_rare_as_said(capsys):
-    n, batch, K = 400, 8, 200
-    met = 0
-    queue = []
-    for step in range(2 * n // batch):
-        rows = data.draw_step(n, batch, 0, step)[0].tolist()
-        if step >= n // batch:
-            met += len(set(rows) & set(queue))
-        queue = (queue + rows)[-K:]
-    args = filled(n, 1, "--batch", "8", "--queue", "200")
-    pretrain.check(args, load_nothing(n), 1)
-    said = int(re.search(r"(\d+) % of the queries", capsys.readouterr().out)[1])
-    assert said == pytest.approx(100 * met / n, abs=2)
 
 @pytest.mark.parametrize("flag,expected", [("--zero-init", 6), ("--no-zero-init", 0)])
 def test_zero_init_is_for_the_networks_that_learn(flag, expected):
@@ -1065,48 +1025,32 @@ def test_zero_init_is_for_the_networks_that_learn(flag, expected):
         weights = [w for name, w in net.named_parameters() if name.endswith("weight")]
         assert sum(not w.any() for w in weights) == count
 
-def test_bfloat16_is_for_dense_networks_on_cpus_that_have_it(monkeypatch):
-    for features, expected in ({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-        assert pretrain.choose_dtype("auto", CPU, "resnet18") == expected
-        assert pretrain.choose_dtype("auto", CPU, "mobilenetv3") == torch.float32
-        assert pretrain.choose_dtype("float32", CPU, "resnet18") == torch.float32
-
-def test_a_run_end_to_end(tmp_path, capsys):
-    make_folder(tmp_path / "images/train", per=9)
-    make_folder(tmp_path / "images/test", per=2)
-    flags = ["--data", tmp_path / "images", "--root", tmp_path, "--epochs", 3, "--head", "deep",
-             *SMALL, "--out", tmp_path / "whole"]
+def test_a_run_end_to_end(labelled, tmp_path, capsys):
+    flags = [*labelled, "--epochs", 3, "--head", "deep", "--out", tmp_path / "run"]
     run(*flags)
     printed = capsys.readouterr().out
-    for text in ("The loss rises for the first 2 steps", "raw pixels", "for 27 images"):
+    for text in ("The loss rises for the first 2 steps", "raw pixels", "for 42 images"):
         assert text in printed
-    log = read_log(tmp_path / "whole")
+    log = read_log(tmp_path / "run")
     assert [entry["epoch"] for entry in log] == [1, 2, 3]
-    assert log[-1]["step"] == 9 and log[-1]["minutes"] > log[0]["minutes"] > 0
+    assert log[-1]["step"] == 15 and log[-1]["minutes"] > log[0]["minutes"] > 0
     assert log[-1]["images_per_s"] > 0 and 0 <= log[-1]["knn"] <= 100
-    assert Image.open(tmp_path / "whole/views.png").size == (8 * 96, 3 * 96)
-    net, known = linear_eval.read_checkpoint(tmp_path / "whole")
+    assert Image.open(tmp_path / "run/views.png").size == (8 * 96, 3 * 96)
+    net, known = linear_eval.read_checkpoint(tmp_path / "run")
     assert (known["arch"], known["size"], known["stem"]) == ("mobilenetv3_small", 32, "imagenet")
-    last = linear_eval.read_checkpoint(tmp_path / "whole/last.pt")[0].state_dict()
+    last = linear_eval.read_checkpoint(tmp_path / "run/last.pt")[0].state_dict()
     assert all(torch.equal(w, last[name]) for name, w in net.state_dict().items())
-    with pytest.raises(InputError, match="--resume"):
-        run(*flags)
 
-def test_a_run_without_labels_from_a_checkpoint(tmp_path, capsys):
-    make_folder(tmp_path / "flat", classes=(".",), per=20)
+def test_a_run_without_labels_from_a_checkpoint(flat, tmp_path, capsys):
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "tv.pt")
-    run("--data", tmp_path / "flat", "--root", tmp_path, "--init", tmp_path / "tv.pt", "--steps", 1,
-        "--out", tmp_path / "run", *SMALL)
+    run(*flat, "--init", tmp_path / "tv.pt", "--steps", 1, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert "242 of its 244 tensors" in printed and "linear_eval.py" not in printed
     assert 0 <= read_log(tmp_path / "run")[0]["found"] <= 100
     look(tmp_path / "run", "random")  # what is advised
 
-def test_float16_steps_that_overflow_are_left_out(tmp_path):
-    make_folder(tmp_path / "flat", classes=(".",), per=20)
-    moco = run("--data", tmp_path / "flat", "--root", tmp_path, "--precision", "float16",
-               "--steps", 6, "--out", tmp_path / "run", *SMALL)
+def test_float16_steps_that_overflow_are_left_out(flat, tmp_path):
+    moco = run(*flat, "--precision", "float16", "--steps", 6, "--out", tmp_path / "run")
     assert all(p.isfinite().all() for p in moco.parameters())
     assert torch.load(tmp_path / "run/last.pt")["scaler"]["scale"] < 65536  # some did
 
@@ -1116,14 +1060,14 @@ BAD_INPUT = [  # script, flags, what the line says
     ("run", ["--batch", 1], "--bn-splits 1"), ("run", ["--queue", 7], "--queue 7"),
     ("run", ["--queue", 500], "--queue 500"), ("run", ["--temp", 0.025], "--temp: 0.025"),
     ("run", ["--bn-splits", 3], "--bn-splits 3"), ("run", ["--crop", 0.5, 0.2], "--crop"),
-    ("run", ["--head", "tall"], "--head tall"), ("run", ["--smooth", 1], "--smooth: 1"),
+    ("run", ["--head", "tall"], "--head tall"), ("run", ["--gray", 2], "--gray: 2"),
     ("run", ["--init", "resnet.pt"], "resnet.pt"), ("run", ["--init", "torn.pt"], "torn.pt"),
     ("run", ["--init", "hostile.pt"], "hostile.pt"), ("run", ["--teacher", "torn.pt"], "torn.pt"),
     ("run", ["--teacher", "run", "--dim", 64], "give --dim 128"), ("run", ["--odd", 1], "--odd"),
     ("run", ["--data", "empty"], "empty"), ("run", ["--data", "nowhere"], "nowhere"),
     ("run", ["--resume"], "--out"), ("run", ["--data", "few"], "few: too few images"),
     ("run", ["--lr", "x"], "--lr: x is no number"), ("run", ["--device", "cuda:7"], "--device"),
-    ("run", ["--teacher", "run", "--smooth", 0.1], "--teacher"),
+    ("run", ["--teacher", "run", "--in-batch"], "--teacher"),
     ("run", ["--steps", 0], "--steps: 0"),
     ("evaluate", ["random", "--data", "few"], "no labels"),
     ("evaluate", ["random", "--data", "single"], "two classes"),
@@ -1211,7 +1155,6 @@ def content(folder):
 
 def doomed(argv, delay):
     """A run that is killed `delay` seconds before or after its first step, if that is positive."""
-    torch.set_num_threads(1)
     train_step, compare = pretrain.train_step, pretrain.refuse_differences
 
     def arm(facts):
@@ -1233,11 +1176,9 @@ LONG = pytest.mark.skipif("LONG" not in os.environ, reason="takes minutes; LONG=
 @pytest.mark.parametrize("world,steps,kills", [
     (1, 12, 1), (2, 12, 1), pytest.param(1, 120, 20, marks=LONG),
     pytest.param(2, 60, 10, marks=LONG)])
-def test_a_run_that_is_killed_ends_as_one_that_is_not(world, steps, kills, tmp_path, one_thread):
-    make_folder(tmp_path / "images/train", per=14)
-    make_folder(tmp_path / "images/test", per=2)
-    flags = [*map(str, SMALL), "--data", str(tmp_path / "images"), "--root", str(tmp_path),
-             "--steps", str(steps), "--save-every", "0.001", "--knn-every", "9", "--resume"]
+def test_a_run_that_is_killed_ends_as_one_that_is_not(world, steps, kills, labelled, tmp_path):
+    flags = [*labelled, "--steps", str(steps), "--save-every", "0.001", "--knn-every", "9",
+             "--resume"]
 
     def start(name, delay, codes):
         argv = [*flags, "--out", str(tmp_path / name)]
@@ -1306,19 +1247,12 @@ def test_a_run_keeps_its_flags(tmp_path):
     assert all(torch.equal(w, after[0][name]) for name, w in before[0].items())
     with pytest.raises(InputError, match="holds a run already"):
         run(*out)
-    torch.save(dict(model={}), tmp_path / "run/last.pt")
-    with pytest.raises(InputError, match="last.pt: not of the run"):
-        run(*out, "--resume")
     picture(9, 9).save(tmp_path / "flat/more.png")
     with pytest.raises(InputError, match="began with other images"):
         run(*out, "--resume")
-    (tmp_path / "run/args.json").unlink()
-    with pytest.raises(InputError, match="not the run's args.json"):
-        run(*out, "--resume")
 
-def test_of_two_runs_that_begin_at_once_one_can(tmp_path):
-    make_folder(tmp_path / "flat", classes=(".",), per=20)
-    images = load(tmp_path / "flat", tmp_path, size=32)[0]
+def test_of_two_runs_that_begin_at_once_one_can(flat, tmp_path):
+    images = load(flat[1], flat[3])[0]
     pretrain.start_run(tmp_path / "run", images, filled(20))
     with pytest.raises(InputError, match="holds a run already"):
         pretrain.start_run(tmp_path / "run", images, filled(20))
@@ -1350,12 +1284,9 @@ def two_process_run(argv):
     destroy()
 
 @pytest.mark.parametrize("arch", ["plain", "mobilenetv3_small"])
-def test_two_processes_train_as_one(arch, tmp_path, monkeypatch, one_thread):
+def test_two_processes_train_as_one(arch, labelled, tmp_path, monkeypatch):
     monkeypatch.setitem(models.ARCHS, "plain", NoBatchNorm)
-    make_folder(tmp_path / "images/train", per=9)
-    make_folder(tmp_path / "images/test", per=3)
-    flags = [*map(str, SMALL), "--data", str(tmp_path / "images"), "--root", str(tmp_path),
-             "--steps", "10", "--seed", "1", "--lr", "0.05", "--arch", arch]
+    flags = [*labelled, "--steps", "10", "--seed", "1", "--lr", "0.05", "--arch", arch]
     if arch == "plain":  # in which no statistics differ
         flags.append("--no-head-norm")
     argv = [*flags, "--out", str(tmp_path / "two")]
@@ -1372,9 +1303,8 @@ def test_two_processes_train_as_one(arch, tmp_path, monkeypatch, one_thread):
             assert x["instance_accuracy"] == pytest.approx(y["instance_accuracy"], abs=1e-4)
 
 @pytest.mark.parametrize("room", [1, 2])  # files that fit; the first last.pt is the second one
-def test_a_full_disk(room, tmp_path, monkeypatch):
-    make_folder(tmp_path / "flat", classes=(".",), per=20)
-    flags = ["--data", tmp_path / "flat", "--root", tmp_path, *SMALL, "--epochs", 3]
+def test_a_full_disk(room, flat, tmp_path, monkeypatch):
+    flags = [*flat, "--epochs", 3]
     run(*flags, "--out", tmp_path / "whole")
     save = torch.save
     left = [room]
@@ -1396,52 +1326,19 @@ def test_a_full_disk(room, tmp_path, monkeypatch):
     full = content(tmp_path / "full")[0]
     assert all(torch.equal(whole[name], full[name]) for name in whole)
 
-def test_a_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
-    make_folder(tmp_path / "flat", classes=(".",), per=40)
+def test_a_loss_that_is_no_number_ends_the_run(flat, tmp_path, monkeypatch):
     info_nce = pretrain.info_nce
     calls = []
 
     def bad(*args):
         calls.append(0)
         loss, hit = info_nce(*args)
-        return (loss * math.nan if len(calls) == 8 else loss), hit
+        return (loss * math.nan if len(calls) == 4 else loss), hit
 
     monkeypatch.setattr(pretrain, "info_nce", bad)
-    with pytest.raises(InputError, match="the loss is nan at step 10.*--lr") as error:
-        run("--data", tmp_path / "flat", "--root", tmp_path, "--out", tmp_path / "run", *SMALL,
-            "--epochs", 9)
-    assert "\n" not in str(error.value)
-    assert torch.load(tmp_path / "run/last.pt")["step"] == 5  # the last good checkpoint
-
-def test_whatever_people_have_in_folders(tmp_path, capsys):
-    folder = tmp_path / "photos"
-    make_folder(folder, classes=(".", "holiday 2019/März"), per=12)
-    rgb = Image.open(folder / "0 é.jpg")
-    (folder / "html.jpg").write_text("<html>")
-    (folder / "zero.png").touch()
-    (folder / "link.jpg").symlink_to("nowhere.jpg")
-    (folder / "torn.jpg").write_bytes((folder / "1 é.jpg").read_bytes()[:300])
-    Image.new("1", (30000, 30000)).save(folder / "bomb.png")  # 100 kB that would be 2.7 GB
-    Image.new("RGB", (1, 1), "red").save(folder / "dot.png")
-    Image.new("RGB", (20000, 10)).save(folder / "strip.png")
-    rgb.save(folder / "moving.gif", save_all=True, append_images=[rgb.rotate(90)])
-    rgb.save(os.fsencode(folder) + b"/no text \xff.png", "png")
-    (folder / "loop").symlink_to(folder, target_is_directory=True)
-    (tmp_path / "more").mkdir()
-    rgb.save(tmp_path / "more/linked.png")
-    (folder / "elsewhere").symlink_to(tmp_path / "more", target_is_directory=True)
-    run("--data", folder, "--root", tmp_path, "--out", tmp_path / "run", *SMALL, "--epochs", 2)
-    printed = capsys.readouterr().out
-    assert "left out 5 unreadable" in printed
-    assert "29 images at" in printed
-    assert math.isfinite(read_log(tmp_path / "run")[-1]["loss"])
-
-def test_names_that_are_no_text_are_printed(tmp_path):
-    make_folder(tmp_path / "flat", classes=(".",), per=3)
-    Path(os.fsdecode(os.fsencode(tmp_path / "flat") + b"/\xff.jpg")).touch()
-    code = f"import data; data.init_device('cpu'); data.load({str(tmp_path / 'flat')!r}, 'ROOT')"
-    printed = run_code(code.replace("ROOT", str(tmp_path)), PYTHONIOENCODING="utf-8:strict")
-    assert "left out 1 unreadable" in printed and "udcff" in printed
+    with pytest.raises(InputError, match="the loss is nan at step 4.*--lr"):
+        run(*flat, "--epochs", 9, "--out", tmp_path / "run")
+    assert torch.load(tmp_path / "run/last.pt")["step"] == 2  # the last good checkpoint
 
 # ---------------------------------------------------------------------------------- linear_eval.py
 
@@ -1577,18 +1474,6 @@ def test_a_part_of_a_larger_network_is_refused(arch, part, tmp_path):
     with pytest.raises(InputError, match=f"not those of {part}"):
         linear_eval.read_checkpoint(tmp_path / "c.pt", part)
 
-def test_hostile_and_broken_checkpoints(bad_folder, monkeypatch):
-    monkeypatch.chdir(bad_folder)
-    Path("empty.pt").touch()
-    torch.save({"lr": 0.1}, "other.pt")
-    for name in ("hostile", "text", "torn", "empty", "other", "missing"):
-        with pytest.raises(InputError, match=name) as error:
-            linear_eval.read_checkpoint(f"{name}.pt", "resnet18")
-        assert "\n" not in str(error.value)
-    assert not Path("attacked").exists()
-    torch.load("hostile.pt", weights_only=False)  # the attack is real
-    Path("attacked").rmdir()
-
 def test_formats_evaluate_alike_and_the_classifier_is_torchvisions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "images/train", per=12)
@@ -1625,7 +1510,7 @@ def test_formats_evaluate_alike_and_the_classifier_is_torchvisions(tmp_path, mon
     exec(lines, scope)
     assert scope["answer"].indices[0, 0] == guess[0]
 
-def test_two_processes_analyze_as_one(tmp_path, one_thread):
+def test_two_processes_analyze_as_one(tmp_path):
     make_folder(tmp_path / "images/train", per=101)
     make_folder(tmp_path / "images/test", per=89, seed=7)  # 267: an odd number
     flags = ["random", "--arch", "mobilenetv3_small", "--size", "32", "--device", "cpu", "--data",
@@ -1716,12 +1601,9 @@ def test_rotation_and_length_of_features_do_not_matter():
     best = analyze.best_nn(tiny[0], y, tiny[1], y)
     assert best == analyze.best_nn(o.float(), y, a.float(), y)
 
-def test_pca_and_tsne():
+def test_tsne():
     y = torch.arange(300) % 6
     x = unit(6, 30, seed=3)[y] + 0.6 * unit(300, 30)
-    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    expected = torch.pdist(u[:, :2] * s[:2])
-    assert torch.allclose(torch.pdist(analyze.pca(x)).double(), expected, atol=1e-4)
     flat = analyze.tsne(x, steps=500)
     near = torch.cdist(flat, flat).fill_diagonal_(math.inf).topk(10, largest=False).indices
     rank = torch.cdist(x, x).argsort(1).argsort(1)
@@ -1772,7 +1654,7 @@ def test_an_analysis_end_to_end(tmp_path, monkeypatch, capsys):
     rows = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(analyze.ROWS) and {line.count("|") for line in rows} == {6}
     assert "other: resnet18 at 48 pixels" in printed
-    for name in ("map", "space", "similarity", "curves"):
+    for name in ("map", "similarity", "curves"):
         image = Image.open(f"run/analysis/{name}.png").convert("RGB")
         assert np.asarray(image).std() > 5, name
     make_folder(Path("flat"), classes=(".",), per=15)
@@ -1905,7 +1787,7 @@ def pretend_gpu(commands):
     torch.cuda.is_available() or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
     reason="a pretend GPU needs torch 2.11 or newer, and no real one")
 @pytest.mark.parametrize("flags", [
-    "--symmetric --smooth 0.1 --head deep --momentum-end 1",
+    "--symmetric --head deep",
     "--teacher TMP/teacher --init TMP/teacher"])
 def test_scripts_mix_no_devices(flags, tmp_path):
     make_folder(tmp_path / "images/train", per=24)

@@ -196,8 +196,10 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     moco, untrained = build_networks(args, device, is_new=last is None)
     encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
-    optimizer = Muon(moco.encoder_q, args.muon, args.lr, args.wd)
-    dtype = choose_dtype(args.precision, device)
+    dtype = choose_dtype(args.precision, device, args.arch)
+    # a twentieth of a step on a CPU; in float16, an overflow would stay in the momentum
+    fused = device.type == "cpu" and dtype != torch.float16
+    optimizer = Muon(moco.encoder_q, args.muon, args.lr, args.wd, fused)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -207,6 +209,8 @@ def main(argv=None):
         moco.load_state_dict(last["model"])
         optimizer.load_state_dict(last["optimizer"])
         scaler.load_state_dict(last["scaler"])
+        for group in optimizer.param_groups:
+            group["fused"] = fused  # the device may be another one
         first, log, sums = last["step"], last["log"], last["sums"].to(device)
     args.images = train.fingerprint
     state = dict(steps_done=first, digest_of_log=zlib.crc32(repr(log).encode()))
@@ -461,12 +465,15 @@ def build_teacher(args, is_new):
                          f"give --dim {width}")
     return Encoder(backbone, head)
 
-def choose_dtype(precision, device):
-    """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16); else float32."""
-    if precision == "auto":
-        has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bfloat16" if has_it else "float32"
-    return getattr(torch, precision)
+def choose_dtype(precision, device, arch):
+    """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16), and for ResNets on
+    CPUs that have it (depthwise convolutions are slower in it there); else float32."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu" and arch.startswith("resnet"):
+        has_it = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if has_it else torch.float32
 
 # ---------------------------------------------------------------------------- 7. the optimizer
 
@@ -479,7 +486,7 @@ class Muon(torch.optim.SGD):
     Weights that move so decay by a tenth of the rate, whatever `wd` is.
     """
 
-    def __init__(self, net, muon, lr, wd):
+    def __init__(self, net, muon, lr, wd, fused=False):
         convolutions = []
         for layer in net.modules():
             if muon > 0 and isinstance(layer, nn.Conv2d) and layer.bias is None:
@@ -490,7 +497,7 @@ class Muon(torch.optim.SGD):
         groups = [dict(params=others, peak_lr=lr)]
         if convolutions:
             groups.append(dict(params=convolutions, peak_lr=muon))
-        super().__init__(groups, lr, 0.9, weight_decay=wd)
+        super().__init__(groups, lr, 0.9, weight_decay=wd, fused=fused)
 
     @torch.no_grad()
     def step(self):
@@ -694,7 +701,8 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of weights, order and views [0]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the networks [bfloat16 on GPUs that have it, else float32; on a T4: float16]")
+        help="of the networks [bfloat16 on GPUs that have it, for ResNets also on such "
+        "CPUs, else float32; on a T4: float16]")
 
     parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])  # what is typed overrides them
     args = parser.parse_args(argv)

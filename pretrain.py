@@ -466,14 +466,15 @@ def build_teacher(args, is_new):
     return Encoder(backbone, head)
 
 def choose_dtype(precision, device, arch):
-    """auto: bfloat16 on GPUs that have it (not T4s: they are fast in float16), and for ResNets on
-    CPUs that have it (depthwise convolutions are slower in it there); else float32."""
+    """auto: on GPUs bfloat16, or float16 where they lack it (T4); on CPUs that have bfloat16 that
+    for ResNets (depthwise convolutions are slower in it there); else float32."""
     if precision != "auto":
         return getattr(torch, precision)
-    has_it = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu" and arch.startswith("resnet"):
-        has_it = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if has_it else torch.float32
+    if device.type == "cuda":
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_it else torch.float16
+    has_it = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if has_it and arch.startswith("resnet") else torch.float32
 
 # ---------------------------------------------------------------------------- 7. the optimizer
 
@@ -701,8 +702,8 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of weights, order and views [0]")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
     add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the networks [bfloat16 on GPUs that have it, for ResNets also on such "
-        "CPUs, else float32; on a T4: float16]")
+        help="of the networks [on GPUs bfloat16, or float16; for ResNets bfloat16 on CPUs that "
+        "have it; else float32]")
 
     parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])  # what is typed overrides them
     args = parser.parse_args(argv)

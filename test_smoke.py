@@ -1025,12 +1025,16 @@ def test_zero_init_is_for_the_networks_that_learn(flag, expected):
         weights = [w for name, w in net.named_parameters() if name.endswith("weight")]
         assert sum(not w.any() for w in weights) == count
 
-def test_bfloat16_is_for_dense_networks_on_cpus_that_have_it(monkeypatch):
-    for features, expected in ({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-        assert pretrain.choose_dtype("auto", CPU, "resnet18") == expected
-        assert pretrain.choose_dtype("auto", CPU, "mobilenetv3") == torch.float32
-        assert pretrain.choose_dtype("float32", CPU, "resnet18") == torch.float32
+@pytest.mark.parametrize("has_it", [True, False])
+def test_sixteen_bits_are_for_gpus_and_dense_networks(has_it, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=has_it))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)
+    half = torch.bfloat16 if has_it else torch.float16
+    on_cpu = torch.bfloat16 if has_it else torch.float32
+    for device, arch, expected in (("cpu", "resnet18", on_cpu), ("cuda", "mobilenetv3", half),
+                                   ("cpu", "mobilenetv3", torch.float32)):
+        assert pretrain.choose_dtype("auto", torch.device(device), arch) == expected
+    assert pretrain.choose_dtype("float32", torch.device("cuda"), "resnet18") == torch.float32
 
 def test_a_run_end_to_end(labelled, tmp_path, capsys):
     flags = [*labelled, "--epochs", 3, "--head", "deep", "--out", tmp_path / "run"]

@@ -577,9 +577,6 @@ def init_device(name):
         # At 224 pixels that is half of a step. So: no memory maps (-4), and nothing given back (-1)
         ctypes.CDLL(None).mallopt(-4, 0)
         ctypes.CDLL(None).mallopt(-1, -1)
-    elif device.type == "mps" and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
-        print(f"torch {torch.__version__} has known faults on a Mac's GPU: install 2.14 or newer, "
-              "or pass --device cpu", flush=True)
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # float32 means it: no TF32
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

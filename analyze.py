@@ -262,31 +262,34 @@ def draw_map(samples, images, path, side=20, cell=32):
             sheet.picture.paste(tile, (round(ZOOM * (left + x)), round(ZOOM * (30 + y))))
     sheet.save(path)
 
-def draw_similarity(samples, path):
-    """Densities of the cosines of two views of an image, of images of a class, and of others."""
+def cosines(s, most=1000):
+    """{kind: cosines} of a sample: of two views of an image, of images of a class, and of others."""
+    some = torch.randperm(len(s["o"]), generator=seeded("pairs"))[:most]
+    o = unit(s["o"][some])
+    y = s["y"][some]
+    i, j = torch.triu_indices(len(o), len(o), 1)
+    cosine = (o @ o.T)[i, j]
+    kinds = {"two views": (unit(s["a"]) * unit(s["b"])).sum(1)}
+    if y.max() < 0:
+        return kinds | {"two images": cosine}
+    return kinds | {"same class": cosine[y[i] == y[j]], "other class": cosine[y[i] != y[j]]}
+
+def draw_similarity(samples, path, bins=32):
+    """Densities of `cosines`, on the same axes for all networks."""
     sheet = Sheet(SIDE * len(samples), SIDE)
-    for column, (name, s) in enumerate(samples.items()):
-        some = torch.randperm(len(s["o"]), generator=seeded("pairs"))[:1000]
-        o = unit(s["o"][some])
-        y = s["y"][some]
-        i, j = torch.triu_indices(len(o), len(o), 1)
-        cosine = (o @ o.T)[i, j]
-        kinds = {"two views": (unit(s["a"]) * unit(s["b"])).sum(1)}
-        if y.max() >= 0:
-            same = y[i] == y[j]
-            kinds |= {"same class": cosine[same], "other class": cosine[~same]}
-        else:
-            kinds["two images"] = cosine
-        x = (torch.arange(50) + 0.5) / 25 - 1
-        curves = {}
-        for kind, value in kinds.items():
-            density = torch.histc(value, 50, -1, 1) / max(1, len(value)) * 25
-            curves[kind] = torch.stack([x, density], 1).numpy()
-        sheet.panel(column, np.concatenate(list(curves.values())), name,
-                    "cosine similarity", "density")
-        for color, curve in zip(COLORS, curves.values()):
-            sheet.line(curve, color)
-        sheet.legend(curves, sheet.left + 20, sheet.top + 14)
+    x = (torch.arange(bins) + 0.5) * 2 / bins - 1
+    curves = {}
+    for name, s in samples.items():
+        for kind, value in cosines(s).items():
+            density = torch.histc(value, bins, -1, 1) / max(1, len(value)) * bins / 2
+            curves[name, kind] = torch.stack([x, density], 1).numpy()
+    for column, name in enumerate(samples):
+        sheet.panel(column, np.concatenate(list(curves.values())), name, "cosine similarity",
+                    "density")
+        kinds = [kind for network, kind in curves if network == name]
+        for color, kind in zip(COLORS, kinds):
+            sheet.line(curves[name, kind], color)
+        sheet.legend(kinds, sheet.left + 20, sheet.top + 14)
     sheet.save(path)
 
 def draw_curves(logs, path):

@@ -143,7 +143,8 @@ def info_nce(q, k, queue, temperature, target=None, more_keys=None, is_own=None)
 # ------------------------------------------------------------------------------------- 2. one step
 
 def train_step(moco, encoder_q, optimizer, scaler, autocast, views, step, args):
-    """Queries, keys, loss, update. `encoder_q` is moco.encoder_q, under torchrun wrapped in DDP.
+    """Queries, keys, loss, update. `encoder_q` is moco.encoder_q, under torchrun wrapped in DDP;
+    `views` are what make_views returns.
 
     -> (2,): mean loss, and instance accuracy: the share of queries whose own key is the nearest.
     """
@@ -214,7 +215,7 @@ def main(argv=None):
         first, log, sums = last["step"], last["log"], last["sums"].to(device)
     args.images = train.fingerprint
     state = dict(steps_done=first, digest_of_log=zlib.crc32(repr(log).encode()))
-    refuse_differences(vars(args) | dict(out=None) | state)
+    refuse_differences(vars(args) | dict(out=None) | state)  # a node may call its folder otherwise
     if last is None:
         start_run(out, train, args)
     print0(f"{args.arch} on {world} x {device.type}: {len(train):,} images at {args.size} pixels, "
@@ -252,8 +253,7 @@ def main(argv=None):
             log.append(entry)
             sums.zero_()
         if rank == 0:
-            words = [f"{key.replace('_', ' ')} {round(value, 3)}" for key, value in entry.items()]
-            progress.show(step + 1, "  ".join(words))
+            progress.show(step + 1, in_words(entry))
             if epoch_ends or save_is_due:
                 save_run(out, moco, optimizer, scaler, step + 1, log, sums)
                 saved = time.time()
@@ -526,7 +526,7 @@ def orthogonal(g):
     product = one = torch.eye(len(a), dtype=a.dtype, device=a.device)
     for step in range(5):
         if step > 0:
-            a = p @ a @ p
+            a = p @ a @ p  # x x^T of the x after the last step
         p = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
         product = p @ product
     return product @ x
@@ -560,6 +560,14 @@ def report(out, learned, untrained, train, test, args):
            f"{out}/backbone.pt is the network, with torchvision's names; views.png, what it saw")
 
 # --------------------------------------------------------------------------- 9. the run's folder
+
+def in_words(entry):
+    """An entry of the log as a line."""
+    words = []
+    for key, value in entry.items():
+        shown = value if isinstance(value, int) else f"{value:.4g}"
+        words.append(f"{key.replace('_', ' ')} {shown}")
+    return "  ".join(words)
 
 def next_free_folder(args):
     """runs/DATA-ARCH-1, or the first number that is not taken."""

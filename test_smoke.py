@@ -1672,13 +1672,6 @@ def test_over_clustering_is_a_comparison():
         one_sign_differs = results | {"baseline": {"held-out": numbers["baseline"] | {key: value}}}
         assert analyze.diagnosis(one_sign_differs) == []
 
-def test_an_analysis_without_the_first_classes_held_out(tmp_path):
-    make_folder(tmp_path / "images/train", classes="abcdefghi", per=4)
-    make_folder(tmp_path / "images/test", classes="hi", per=4)
-    look("random", "--arch", "mobilenetv3_small", "--data", tmp_path / "images", "--root", tmp_path,
-         "--out", tmp_path / "out")
-    assert (tmp_path / "out/map.png").is_file()
-
 def test_similarities_of_many_images_are_sampled(tmp_path):
     x = torch.randn(20_000, 2, generator=generator(0))
     with LargestTensor() as largest:

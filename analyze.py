@@ -263,7 +263,7 @@ def draw_map(samples, images, path, side=20, cell=32):
     sheet.save(path)
 
 def cosines(s, most=1000):
-    """{kind: cosines} of a sample: of two views of an image, of images of a class, and of others."""
+    """{kind: cosines} of a sample: two views of an image, images of a class, and of others."""
     some = torch.randperm(len(s["o"]), generator=seeded("pairs"))[:most]
     o = unit(s["o"][some])
     y = s["y"][some]

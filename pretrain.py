@@ -692,7 +692,7 @@ def parse(argv):
     add("--blur", type=share, default=0.5, help="probability of Gaussian blur [0.5]")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=count, help="passes over the images [75,000 images of 32 pixels, 10 or more]")
+    add("--epochs", type=count, help="passes over the images [75,000 of 32 pixels, 10 or more]")
     add("--steps", type=count, help="length of the run in steps, instead of --epochs")
     add("--batch", type=count, help="images a step, over all processes [1/80 of all, 64 to 256]")
     add("--lr", type=factor, help="of SGD [0.8 T for 256 images; MoCo: 0.03]")

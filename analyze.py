@@ -280,15 +280,15 @@ def draw_similarity(samples, path, bins=32):
     x = (torch.arange(bins) + 0.5) * 2 / bins - 1
     curves = {}
     for name, s in samples.items():
+        curves[name] = {}
         for kind, value in cosines(s).items():
             density = torch.histc(value, bins, -1, 1) / max(1, len(value)) * bins / 2
-            curves[name, kind] = torch.stack([x, density], 1).numpy()
-    for column, name in enumerate(samples):
-        sheet.panel(column, np.concatenate(list(curves.values())), name, "cosine similarity",
-                    "density")
-        kinds = [kind for network, kind in curves if network == name]
-        for color, kind in zip(COLORS, kinds):
-            sheet.line(curves[name, kind], color)
+            curves[name][kind] = torch.stack([x, density], 1).numpy()
+    points = np.concatenate([curve for kinds in curves.values() for curve in kinds.values()])
+    for column, (name, kinds) in enumerate(curves.items()):
+        sheet.panel(column, points, name, "cosine similarity", "density")
+        for color, curve in zip(COLORS, kinds.values()):
+            sheet.line(curve, color)
         sheet.legend(kinds, sheet.left + 20, sheet.top + 14)
     sheet.save(path)
 

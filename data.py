@@ -293,16 +293,19 @@ def letters(n, seed, size=32):
     they differed in color, that would be the cheapest way to tell them apart, and all that is
     learned.
     """
-    middle = size  # drawn twice as large, for smooth edges
+    middle = size  # of pictures twice as large, for smooth edges
     font = ImageFont.load_default(1.6 * size)
+    glyphs = []
+    for glyph in GLYPHS:
+        picture = Image.new("L", (2 * size, 2 * size))
+        ImageDraw.Draw(picture).text((middle, middle), glyph, 255, font, anchor="mm")
+        glyphs.append(picture)
     paper = torch.tensor([0.04, 0.05, 0.08])[:, None, None]
     color = torch.tensor([0.55, 0.95, 0.65])[:, None, None]
     labels = torch.arange(n) % len(GLYPHS)
     numbers = 2 * torch.rand(6, n, generator=seeded("letters", seed)) - 1
     pictures = []
     for label, (turn, shear, zoom, x, y, light) in zip(labels, numbers.T.tolist()):
-        picture = Image.new("L", (2 * size, 2 * size))
-        ImageDraw.Draw(picture).text((middle, middle), GLYPHS[label], 255, font, anchor="mm")
         # from a pixel of the picture to the place in the glyph that it shows: (a, b; d, e)
         scale = 0.775 + 0.225 * zoom
         cos = math.cos(math.radians(22 * turn)) / scale
@@ -311,7 +314,8 @@ def letters(n, seed, size=32):
         d, e = sin, 0.25 * shear * sin + cos
         x, y = middle * (0.2 * x - 1), middle * (0.2 * y - 1)
         places = (a, b, a * x + b * y + middle, d, e, d * x + e * y + middle)
-        picture = picture.transform(picture.size, Image.AFFINE, places, Image.BILINEAR)
+        glyph = glyphs[label]
+        picture = glyph.transform(glyph.size, Image.AFFINE, places, Image.BILINEAR)
         ink = torch.from_numpy(np.array(picture.reduce(2))) / 255
         pictures.append((0.8 + 0.2 * light) * torch.lerp(paper, color, ink))
     return (255 * torch.stack(pictures)).round().byte(), labels, list(GLYPHS)

@@ -207,12 +207,7 @@ def main(argv=None):
     # where the run is: steps done, an entry per epoch, sums of this epoch's losses and accuracies
     first, log, sums = 0, [], torch.zeros(2, device=device)
     if last is not None:
-        moco.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        for group in optimizer.param_groups:
-            group["fused"] = fused  # the device may be another one
-        first, log, sums = last["step"], last["log"], last["sums"].to(device)
+        first, log, sums = restore(last, moco, optimizer, scaler, device)
     args.images = train.fingerprint
     state = dict(steps_done=first, digest_of_log=zlib.crc32(repr(log).encode()))
     refuse_differences(vars(args) | dict(out=None) | state)  # a node may call its folder otherwise
@@ -487,7 +482,7 @@ class Muon(torch.optim.SGD):
     Weights that move so decay by a tenth of the rate, whatever `wd` is.
     """
 
-    def __init__(self, net, muon, lr, wd, fused=False):
+    def __init__(self, net, muon, lr, wd, fused):
         convolutions = []
         for layer in net.modules():
             if muon > 0 and isinstance(layer, nn.Conv2d) and layer.bias is None:
@@ -575,6 +570,20 @@ def next_free_folder(args):
     while (path := Path("runs") / f"{Path(args.data).resolve().name}-{args.arch}-{i}").exists():
         i += 1
     return path
+
+def restore(last, moco, optimizer, scaler, device):
+    """-> steps done, log, sums of the epoch so far."""
+    fused = optimizer.param_groups[0]["fused"]
+    try:
+        moco.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        scaler.load_state_dict(last["scaler"])
+        step, log, sums = last["step"], last["log"], last["sums"].to(device)
+    except (RuntimeError, LookupError, TypeError, ValueError):
+        raise InputError("last.pt: not of the run that args.json beside it describes") from None
+    for group in optimizer.param_groups:
+        group["fused"] = fused  # the device may be another one
+    return step, log, sums
 
 def refuse_differences(facts):
     """End all processes with one line unless they hold the same facts, {what: value}."""
@@ -720,23 +729,30 @@ def parse(argv):
 
 def flags_of_the_run(args, typed):
     """A run that goes on keeps its flags; only where and how it runs may be typed anew."""
-    if args.out is None and args.resume:
-        raise InputError("--resume: name the run's folder with --out")
-    file = Path(args.out or "") / "args.json"
-    if args.out is None or not file.exists():
+    if args.out is None:
+        if args.resume:
+            raise InputError("--resume: name the run's folder with --out")
+        return args
+    file = Path(args.out) / "args.json"
+    if not file.is_file():
+        if (Path(args.out) / "last.pt").exists():
+            raise InputError(f"--out {args.out}: holds last.pt, but not the run's args.json")
         return args
     if not args.resume:
         raise holds_a_run(args.out)
     saved = read_json(file)
+    if not vars(args).keys() <= saved.keys():
+        raise InputError(f"{file}: of another version, without "
+                         f"{min(vars(args).keys() - saved.keys())}; begin another run")
     for name, value in typed.items():
-        if value is None:
+        if value is None or name in ("out", "resume"):
             continue
-        if name in ("out", "resume", "device", "save_every", "knn_every"):
+        if name in ("device", "save_every", "knn_every"):
             saved[name] = value
-        elif value != saved.get(name):
+        elif value != saved[name]:
             raise InputError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
-                             f"{saved.get(name)}; leave the flag out, or begin another run")
-    return argparse.Namespace(**vars(args) | saved)
+                             f"{saved[name]}; leave the flag out, or begin another run")
+    return argparse.Namespace(**(saved | dict(out=args.out, resume=True)))
 
 def fill_auto(args, n, world):
     """Flags left open, from the number n of images. Each rule may use the flags above it."""

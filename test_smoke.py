@@ -21,6 +21,7 @@ import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ TORCHVISION = dict(resnet18="resnet18", resnet34="resnet34", resnet50="resnet50"
 SMALL = ["--arch", "mobilenetv3_small", "--batch", 8, "--queue", 16, "--size", 32,
          "--stem", "imagenet", "--device", "cpu"]
 CPU = torch.device("cpu")
+ON_CUDA_GRAPHS = ("Stream", "current_stream", "stream", "CUDAGraph", "graph")
 torch.set_num_threads(1)  # sums of several threads have other bits, and small work gains nothing
 
 @pytest.fixture(autouse=True)
@@ -855,7 +857,7 @@ def test_momentum_update_and_queue():
     for step in range(9):  # 10 is no multiple of 4: wraps around in the middle of a batch
         new = unit(4, 4, seed=step).float()
         history += new.tolist()
-        moco.enqueue(new, step)
+        moco.enqueue(new)
         if len(history) >= 10:
             assert sorted(moco.queue.tolist()) == sorted(history[-10:])
 
@@ -955,6 +957,35 @@ def test_muon_is_sgd_but_for_dense_convolutions(muon):
     for (name, p), q in zip(net.named_parameters(), peer.parameters()):
         is_dense = p.ndim == 4 and p.shape[1] > 3 and "fc" not in name
         assert torch.allclose(p, q) == (muon == 0 or not is_dense), name
+
+def test_a_recorded_step_reads_batch_and_rates_from_fixed_places(monkeypatch):
+    for name in ON_CUDA_GRAPHS:
+        monkeypatch.setattr(torch.cuda, name, MagicMock())  # so all is computed as it is recorded
+    x = rand(4, 6, 3, 9, 9, dtype=torch.float32)
+    weights = []
+    places = set()
+    for wrap in (lambda take_step, *_: take_step, pretrain.Recorded):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, bias=False))
+        optimizer = pretrain.Muon(net, 0.02, 0.1, 1e-3, fused=True)
+
+        def take_step(batch):
+            if wrap is pretrain.Recorded:
+                rates = [group["lr"] for group in optimizer.param_groups]
+                places.add(tuple(tensor.data_ptr() for tensor in [*batch, *rates]))
+            loss = net(batch[0]).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step = wrap(take_step, optimizer, CPU)
+        for i in range(4):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] / (i + 1)
+            step([x[i]])
+        weights.append(torch.cat([w.detach().flatten() for w in net.parameters()]))
+    assert len(places) == 1
+    assert torch.allclose(*weights, rtol=1e-4)
 
 def test_a_teacher_is_a_key_encoder_that_stays(tmp_path, monkeypatch):
     calls_of_a_run(tmp_path, monkeypatch, "--out", tmp_path / "teacher", steps=3)
@@ -1812,6 +1843,8 @@ def pretend_gpu(commands):
     cuda._lazy_init = cuda.current_device = lambda *args: 0
     for name in ("set_device", "manual_seed", "manual_seed_all"):
         setattr(cuda, name, lambda *args: None)
+    for name in ON_CUDA_GRAPHS:
+        setattr(cuda, name, MagicMock())  # what is recorded is computed at once, and not replayed
     cuda.amp.common.amp_definitely_not_available = lambda: False
     be_quick()
     linear_eval.PENALTIES = (1e-2,) * 3
@@ -1854,25 +1887,33 @@ def test_cuda_two_processes(flat, tmp_path):
     processes(2, tmp_path, f"import pretrain; pretrain.main({argv!r})")
     assert math.isfinite(read_log(tmp_path / "run")[-1]["loss"])
 
+def losses(folder):
+    return [entry["loss"] for entry in read_log(folder)]
+
 @needs_gpu
 def test_cuda_trains_as_the_cpu(tmp_path, monkeypatch):
-    losses = {}
     for device in ("cpu", "cuda"):
-        calls, _ = calls_of_a_run(tmp_path, monkeypatch, "--device", device, "--precision",
-                                  "float32", steps=20)
-        losses[device] = [cross_entropy(q.cpu(), k.cpu(), queue.cpu(), T)[0].mean().item()
-                          for q, k, queue, T, *_ in calls]
-    assert losses["cuda"] == pytest.approx(losses["cpu"], abs=2e-2)
+        calls_of_a_run(tmp_path, monkeypatch, "--device", device, "--precision", "float32",
+                       "--out", tmp_path / device, steps=20)
+    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=2e-2)
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_cuda_learns_and_resumes(precision, tmp_path):
-    run("--arch", "mobilenetv3_small", "--epochs", 4, "--knn-every", 4, "--precision", precision,
-        "--device", "cuda", "--out", tmp_path / "run")
-    log = read_log(tmp_path / "run")
-    assert log[-1]["instance_accuracy"] > 3 and math.isfinite(log[-1]["loss"])
-    run("--out", tmp_path / "run", "--device", "cuda", "--resume")
-    assert read_log(tmp_path / "run") == log
+def test_cuda_records_learns_and_resumes(precision, tmp_path, monkeypatch):
+    flags = ["--arch", "mobilenetv3_small", "--epochs", 4, "--batch", 256, "--precision", precision,
+             "--device", "cuda", "--knn-every", 2, "--save-every", 0.005, "--out"]
+    run(*flags, tmp_path / "whole")
+    expected = losses(tmp_path / "whole")
+    assert read_log(tmp_path / "whole")[-1]["instance_accuracy"] > 1.5
+    with monkeypatch.context() as m:
+        m.setattr(pretrain, "monitor", lambda *args: 1 / 0)  # ends in the middle
+        with pytest.raises(ZeroDivisionError):
+            run(*flags, tmp_path / "parts")
+    run("--out", tmp_path / "parts", "--device", "cuda", "--resume")
+    assert losses(tmp_path / "parts") == pytest.approx(expected, abs=0.1)
+    monkeypatch.setattr(pretrain, "Recorded", lambda take_step, *_: take_step)
+    run(*flags, tmp_path / "usual")
+    assert losses(tmp_path / "usual") == pytest.approx(expected, abs=0.1)
 
 # --------------------------------------------------------------------------------------- README.md
 

@@ -636,7 +636,7 @@ class Progress:
         """Print `text` and the time left."""
         self.printed = time.time()
         seconds = (self.printed - self.started) / max(1, done - self.first) * (self.total - done)
-        print(f"{text}  {int(seconds) // 60}:{int(seconds) % 60:02} left", flush=True)
+        print(f"{text}  {timedelta(seconds=int(seconds))} left", flush=True)
 
 def save(path, content):
     """Write a text or a torch file under a temporary name, then rename it: never half a file.

@@ -207,6 +207,7 @@ def main(argv=None):
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     take_step = partial(train_step, moco, encoder_q, optimizer, scaler, autocast, args)
+    # not in float16, where a step asks whether a gradient has overflowed
     if device.type == "cuda" and world == 1 and dtype != torch.float16:
         take_step = Recorded(take_step, optimizer, device)
 

@@ -738,7 +738,7 @@ def parse(argv):
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop", type=share, nargs=2, metavar=("LO", "HI"), help="range of its area [0.2 1, in "
-        "runs under 2,000 steps up to 0.35 1; MoCo: 0.2 1]")
+        "runs under 2,000 steps up to 0.35 1, from 5,000 on 0.08 1; MoCo: 0.2 1]")
     add("--jitter", type=factor, default=0.4, help="of brightness, contrast, saturation [0.4]")
     add("--hue", type=factor, default=0.1, help="jitter in turns [0.1]")
     add("--gray", type=share, default=0.2, help="probability of grayscale [0.2]")
@@ -818,8 +818,10 @@ def fill_auto(args, n, world):
         args.lr = round(peak * args.batch / 256, 5)
     if args.warmup is None:  # a network that outruns its keys has no time to recover
         args.warmup = round(min(2, args.total_steps / epoch_steps / 7), 2)
-    if args.crop is None:  # two small crops have little in common, which takes long to learn
-        args.crop = [round(min(0.35, max(0.2, 400 / args.total_steps)), 3), 1.0]
+    if args.crop is None:  # two small crops have little in common, which takes long to learn; in
+        # long runs two larger ones are told from all others by their layout, and teach no more
+        lowest = min(0.35, max(0.2, 400 / args.total_steps)) if args.total_steps < 5_000 else 0.08
+        args.crop = [round(lowest, 3), 1.0]
     if args.momentum is None:  # in a short run a slow key encoder would never catch up. This gives
         # 0.99 at the length of MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs
         args.momentum = round(min(0.999, max(0.8, 1 - 200 / args.total_steps)), 4)

@@ -478,7 +478,7 @@ def choose_dtype(precision, device, arch):
     has_it = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if has_it and arch.startswith("resnet") else torch.float32
 
-# ---------------------------------------------------------------------------- 7. the optimizer
+# ----------------------------------------------------------- 7. the optimizer, a step on a GPU
 
 class Muon(torch.optim.SGD):
     """SGD with momentum; with a rate `muon` > 0, dense convolutions that BatchNorm follows move by

@@ -201,7 +201,8 @@ def main(argv=None):
     moco, untrained = build_networks(args, device, is_new=last is None)
     encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
     dtype = choose_dtype(args.precision, device, args.arch)
-    # saves a twentieth of a step on a CPU; in float16, an overflow would stay in the momentum
+    # saves a twentieth of a step on a CPU, and reads the rate of a recorded one on the GPU; in
+    # float16, an overflow would stay in the momentum
     fused = device.type in ("cpu", "cuda") and dtype != torch.float16
     optimizer = Muon(moco.encoder_q, args.muon, args.lr, args.wd, fused)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -505,7 +506,8 @@ class Muon(torch.optim.SGD):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups[1:]:
-            rate = torch.as_tensor(group["lr"], device=group["params"][0].device)
+            # a tensor, as where a step is recorded, and made without waiting for the device
+            rate = group["lr"] * torch.ones((), device=group["params"][0].device)
             for w in group["params"]:
                 if "momentum_buffer" not in self.state[w]:
                     self.state[w]["momentum_buffer"] = torch.zeros_like(w)
@@ -558,9 +560,9 @@ class Recorded:
             side = torch.cuda.Stream()  # as PyTorch's notes on CUDA graphs ask for
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self.result = self.take_step(self.batch)
+                result = self.take_step(self.batch)
             torch.cuda.current_stream().wait_stream(side)
-            return self.result
+            return result
         if self.graph is None:
             gc.collect()  # CUDA refuses to free another graph while one is recorded
             self.graph = torch.cuda.CUDAGraph()
@@ -808,8 +810,9 @@ def fill_auto(args, n, world):
         args.epochs = max(10, min(200, 2_400_000 // args.size // n))
     epoch_steps = max(1, n // args.batch)
     args.total_steps = args.steps or args.epochs * epoch_steps
+    is_long = args.total_steps >= 5_000
     if args.stem is None:  # larger maps take several times as long, and pay in long runs
-        args.stem = "imagenet" if args.total_steps < 5_000 or args.size > 64 else "small"
+        args.stem = "small" if is_long and args.size <= 64 else "imagenet"
     for name in ("in_batch", "weak_keys"):
         if name in open_flags:  # SEED has the queue alone, and the same view for both
             setattr(args, name, args.teacher is None)
@@ -820,7 +823,7 @@ def fill_auto(args, n, world):
         args.warmup = round(min(2, args.total_steps / epoch_steps / 7), 2)
     if args.crop is None:  # two small crops have little in common, which takes long to learn; in
         # long runs two larger ones are told from all others by their layout, and teach no more
-        lowest = min(0.35, max(0.2, 400 / args.total_steps)) if args.total_steps < 5_000 else 0.08
+        lowest = 0.08 if is_long else min(0.35, max(0.2, 400 / args.total_steps))
         args.crop = [round(lowest, 3), 1.0]
     if args.momentum is None:  # in a short run a slow key encoder would never catch up. This gives
         # 0.99 at the length of MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs

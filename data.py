@@ -563,7 +563,8 @@ class InputError(ValueError):
 
 def init_device(name):
     """The device called `name` (auto: the first there is); under torchrun also the group."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name

@@ -5,6 +5,7 @@ python -m pytest test_smoke.py -k cuda: what only a GPU can show.
 LONG=1 python -m pytest test_smoke.py -k killed: twenty kills of one run, ten of one on two.
 """
 import copy
+import io
 import itertools
 import json
 import math
@@ -591,6 +592,10 @@ def test_pixels_that_do_not_fit_on_the_device_are_fetched_ahead(flat, monkeypatc
     monkeypatch.setattr(data, "to_device", lambda x, device: x)
     for got, wanted in zip(images.prefetch(images.get, steps), expected, strict=True):
         assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+
+def test_a_notebooks_output_will_do(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # which nobody can reconfigure
+    assert data.init_device("cpu") == CPU
 
 class Waiting:
     """The pixels of an image between decoding and the disk, and how many wait at once."""

@@ -740,7 +740,7 @@ def parse(argv):
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop", type=share, nargs=2, metavar=("LO", "HI"), help="range of its area [0.2 1, in "
-        "runs under 2,000 steps up to 0.35 1, from 5,000 on 0.08 1; MoCo: 0.2 1]")
+        "runs under 2,000 steps up to 0.35 1, from 10,000 on 0.08 1; MoCo: 0.2 1]")
     add("--jitter", type=factor, default=0.4, help="of brightness, contrast, saturation [0.4]")
     add("--hue", type=factor, default=0.1, help="jitter in turns [0.1]")
     add("--gray", type=share, default=0.2, help="probability of grayscale [0.2]")
@@ -810,9 +810,9 @@ def fill_auto(args, n, world):
         args.epochs = max(10, min(200, 2_400_000 // args.size // n))
     epoch_steps = max(1, n // args.batch)
     args.total_steps = args.steps or args.epochs * epoch_steps
-    is_long = args.total_steps >= 5_000
     if args.stem is None:  # larger maps take several times as long, and pay in long runs
-        args.stem = "small" if is_long and args.size <= 64 else "imagenet"
+        is_small = args.total_steps >= 5_000 and args.size <= 64
+        args.stem = "small" if is_small else "imagenet"
     for name in ("in_batch", "weak_keys"):
         if name in open_flags:  # SEED has the queue alone, and the same view for both
             setattr(args, name, args.teacher is None)
@@ -823,7 +823,8 @@ def fill_auto(args, n, world):
         args.warmup = round(min(2, args.total_steps / epoch_steps / 7), 2)
     if args.crop is None:  # two small crops have little in common, which takes long to learn; in
         # long runs two larger ones are told from all others by their layout, and teach no more
-        lowest = 0.08 if is_long else min(0.35, max(0.2, 400 / args.total_steps))
+        lowest = min(0.35, max(0.2, 400 / args.total_steps))
+        lowest = 0.08 if args.total_steps >= 10_000 else lowest
         args.crop = [round(lowest, 3), 1.0]
     if args.momentum is None:  # in a short run a slow key encoder would never catch up. This gives
         # 0.99 at the length of MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs

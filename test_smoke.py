@@ -1052,7 +1052,7 @@ def test_open_flags_follow_the_number_of_images(capsys):
         args = filled(n)
         assert (args.queue / n) ** 2 / 2 < 0.01 or args.queue == args.batch
     assert filled(50_000, 1, "--epochs", "100").stem == "small"
-    for steps, lowest in ((100, 0.35), (1600, 0.25), (4999, 0.2), (5000, 0.08)):
+    for steps, lowest in ((100, 0.35), (1600, 0.25), (9999, 0.2), (10_000, 0.08)):
         assert filled(50_000, 1, "--steps", str(steps)).crop == [lowest, 1]
     args = filled(1_281_167, 8, "--size", "224", "--epochs", "200", "--recipe", "moco-v2")
     published = dict(batch=256, queue=65536, momentum=0.999, bn_splits=8, lr=0.03, warmup=0,

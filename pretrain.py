@@ -823,8 +823,8 @@ def fill_auto(args, n, world):
         args.warmup = round(min(2, args.total_steps / epoch_steps / 7), 2)
     if args.crop is None:  # two small crops have little in common, which takes long to learn; in
         # long runs two larger ones are told from all others by their layout, and teach no more
-        lowest = min(0.35, max(0.2, 400 / args.total_steps))
-        lowest = 0.08 if args.total_steps >= 10_000 else lowest
+        is_long = args.total_steps >= 10_000
+        lowest = 0.08 if is_long else min(0.35, max(0.2, 400 / args.total_steps))
         args.crop = [round(lowest, 3), 1.0]
     if args.momentum is None:  # in a short run a slow key encoder would never catch up. This gives
         # 0.99 at the length of MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs

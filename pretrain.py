@@ -811,8 +811,7 @@ def fill_auto(args, n, world):
     epoch_steps = max(1, n // args.batch)
     args.total_steps = args.steps or args.epochs * epoch_steps
     if args.stem is None:  # larger maps take several times as long, and pay in long runs
-        is_small = args.total_steps >= 5_000 and args.size <= 64
-        args.stem = "small" if is_small else "imagenet"
+        args.stem = "imagenet" if args.total_steps < 5_000 or args.size > 64 else "small"
     for name in ("in_batch", "weak_keys"):
         if name in open_flags:  # SEED has the queue alone, and the same view for both
             setattr(args, name, args.teacher is None)

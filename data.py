@@ -5,82 +5,92 @@
     pixels, shapes = train.get(rows)
     views = augment(pixels, u[0], size, shapes=shapes)  # (64, 3, size, size), normalized
 
-A data set is one uint8 tensor: on the device if it fits, else a memory-mapped file. A folder is
-decoded into such a file once. All random numbers of a step are drawn by `draw_step` from (seed,
-step) on the CPU: a seed gives the same views on any device, on any number of processes, and after a
-restart.
+A data set is one uint8 tensor of square images. A folder of images is decoded once into a file,
+and that tensor maps the file into memory. `move_to_device` copies the tensor to a GPU that has
+room for it. All random numbers of a step are drawn by `draw_step` from (seed, step) on the CPU. So
+a seed gives the same views on any device, on any number of processes, and after a restart.
 
-Read it from top to bottom: augmentation, the draws of a step, data sets, then what is not data.
+Read it from top to bottom: augmentation, the draws of a step, data sets, what all scripts share.
 """
+import argparse
 import ctypes
 import fcntl
 import hashlib
+import json
 import math
 import os
-import shutil
 import sys
 import time
 import warnings
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache, lru_cache, partial
+from itertools import compress, groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  (imported later it would keep gloo's threads at the end)
+import torch.distributed.nn  # noqa: F401  (before there is a process group, so that it can end)
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+# torch.from_numpy says it of files that are mapped into memory. Nobody writes to them.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 # ------------------ 1. augmentation: a function of a batch of images and of uniform random numbers
 
-# ImageNet's mean and deviation, as in torchvision, so that its weights fit
+# ImageNet's mean and deviation, as in torchvision, so that torchvision's weights fit
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]  # of RGB
 
-# A view needs 32 uniform numbers. What each is for: ten attempts at a crop, then one number each.
+# The uniform random numbers of a view are a row of 32 columns. The first twenty are for ten
+# attempts at a crop, eleven more have the names below, and the last column is not used.
 AREA = slice(0, 10)
 RATIO = slice(10, 20)
 TOP, LEFT, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAY, BLUR, SIGMA = range(20, 31)
 COLUMNS = 32
 
 def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blur=0.5, shapes=None):
-    """MoCo v2's augmentation (Chen et al. 2020) of images (n, 3, S, S) uint8.
+    """Views (n, 3, size, size) of images (n, 3, S, S) uint8, normalized by MEAN and STD: the
+    augmentation of MoCo v2 (Chen et al. 2020).
 
-    Random resized crop of area `crop`; flip, p 0.5; with p 0.8 jitter of brightness, contrast and
-    saturation within 1 +- `jitter` and of hue within +- `hue` turns; grayscale with p `gray`;
-    Gaussian blur with p `blur` and sigma 0.1..2.0 pixels at 224, scaled with `size`. `u` (n,
-    COLUMNS) holds the uniform numbers of each view. `shapes` (n, 2) are the images' heights and
-    widths before they were stored as squares. -> views (n, 3, size, size), normalized by MEAN and
-    STD.
+    Each view is a random resized crop of a share of the area within `crop`. It is flipped with p
+    0.5. With p 0.8 its brightness, contrast and saturation change by a factor within 1 +- `jitter`
+    and its hue by up to `hue` turns. It is gray with p `gray`, and blurred with p `blur` by a
+    Gaussian of sigma 0.1..2.0 pixels at 224, which scales with `size`.
 
-    All but the clipping to black and white is linear: a matrix on the rows, one on the columns, one
-    on the colors. (So blur comes before clipping here, not after it.)
+    u (n, COLUMNS) holds the uniform random numbers of each view. shapes (n, 2) holds the heights
+    and widths that the images had before they were stored as squares; None: they were squares.
+
+    All but the clipping to black and white is linear: one matrix acts on the rows of an image, one
+    on its columns, one on its colors. For that, blur comes before the clipping and not after it.
     """
     n, _, side, _ = images.shape
     if shapes is None:
         shapes = u.new_full((n, 2), side)
-    box = crop_boxes(u, shapes[:, 0], shapes[:, 1], crop)
+    box = crop_boxes(u, *shapes.T, crop)
     sigma = None
-    if blur > 0:  # a sigma of 0 leaves a view as it is
+    if blur > 0:  # `resampling` leaves a view with a sigma of 0 as it is
         sigma = torch.where(u[:, BLUR] < blur, (0.1 + 1.9 * u[:, SIGMA]) * size / 224, 0)
     x = cut(images, box, shapes, size, u[:, FLIP] < 0.5, sigma)
 
-    jittered = (u[:, JITTER] < 0.8).float()  # where not, all factors are 1
+    jittered = (u[:, JITTER] < 0.8).float()  # where it is 0, all factors are 1
     lowest = (1 - jitter * jittered).clamp(min=0)
     highest = 1 + jitter * jittered
-    saturation = torch.lerp(lowest, highest, u[:, SATURATION])
-    on_pixel, on_mean = color_matrix(
-        brightness=torch.lerp(lowest, highest, u[:, BRIGHTNESS]),
-        contrast=torch.lerp(lowest, highest, u[:, CONTRAST]),
-        saturation=torch.where(u[:, GRAY] < gray, 0, saturation),  # 0 is grayscale
-        hue=hue * jittered * (2 * u[:, HUE] - 1))
+    factors = torch.lerp(lowest[:, None], highest[:, None], u[:, BRIGHTNESS:HUE])
+    brightness, contrast, saturation = factors.T
+    saturation = torch.where(u[:, GRAY] < gray, 0, saturation)  # 0 is grayscale
+    turns = hue * jittered * (2 * u[:, HUE] - 1)
+    on_pixel, on_mean = color_matrix(brightness, contrast, saturation, turns)
 
-    # ((on_pixel x + on_mean mean(x)) / 255 - MEAN) / STD: normalizing is linear in color, too
+    # A jittered pixel is on_pixel x + on_mean mean(x). It is normalized in the same matrix product:
+    # ((on_pixel x + on_mean mean(x)) / 255 - MEAN) / STD = shift / STD + on_pixel / (255 STD) x
     mean, std, _, _ = constants(x.device)
     shift = on_mean @ x.mean(2, keepdim=True) / 255 - mean
     x = torch.baddbmm(shift / std, on_pixel / (255 * std), x)
@@ -88,73 +98,72 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
     return x.view(n, 3, size, size).contiguous(memory_format=layout(x.device))
 
 def center(images, size, shapes=None):
-    """Evaluation's view of images (n, 3, S, S) uint8: the whole center square, without the margin
-    that is usual at 224 pixels -> (n, 3, size, size)."""
-    n, _, side, _ = images.shape
+    """Views (n, 3, size, size) for evaluation of images (n, 3, S, S) uint8: the center squares.
+
+    A square is as high or as wide as its image. (At 224 pixels it is usual to cut off a margin.)
+    """
     if shapes is None:
-        shapes = torch.full((n, 2), float(side), device=images.device)
-    shortest = shapes.amin(1, keepdim=True).expand(n, 2)
-    box = torch.cat([(shapes - shortest) / 2, shortest], dim=1)
+        shapes = torch.full((len(images), 2), images.shape[-1], device=images.device).float()
+    shortest = shapes.amin(1, keepdim=True).expand_as(shapes)
+    box = torch.cat([(shapes - shortest) / 2, shortest], 1)
     mean, std, _, _ = constants(images.device)
     x = (cut(images, box, shapes, size) / 255 - mean) / std
-    return x.view(n, 3, size, size).contiguous(memory_format=layout(images.device))
+    return x.view(-1, 3, size, size).contiguous(memory_format=layout(images.device))
 
 def layout(device):
-    """channels_last is the faster one, but not on a Mac's GPU: PyTorch's BatchNorm has had silently
-    wrong gradients on such tensors there (issues 175189, 174345)."""
+    """The memory format of images: channels_last, which is faster, except on a Mac's GPU, where
+    PyTorch's BatchNorm has had wrong gradients in it (PyTorch's issues 175189, 174345)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 @cache
 def constants(device):
-    """Mean and deviation (3, 1), RGB -> YIQ and back (3, 3), on the device once."""
+    """On the device: MEAN and STD (3, 1), and the matrices RGB -> YIQ and back (3, 3)."""
     yiq = torch.tensor(YIQ)
-    mean = torch.tensor(MEAN)[:, None]
-    std = torch.tensor(STD)[:, None]
-    return mean.to(device), std.to(device), yiq.to(device), torch.linalg.inv(yiq).to(device)
+    columns = torch.tensor([MEAN, STD])[:, :, None]
+    return [x.to(device) for x in (*columns, yiq, torch.linalg.inv(yiq))]
 
 def crop_boxes(u, heights, widths, scale):
-    """Random resized crop (Szegedy et al. 2015) of images of `heights` and `widths` (n,).
+    """Boxes (n, 4), each a top, left, height and width in pixels, of random resized crops (Szegedy
+    et al. 2015) of images with these heights (n,) and widths (n,).
 
-    -> boxes (n, 4): top, left, height, width. Of ten attempts at an area in `scale` and an aspect
-    ratio in 3/4..4/3 the first that fits counts, else the largest centered box within those ratios:
-    torchvision's RandomResizedCrop, for all images at once.
+    A box has a share of the area within `scale` and an aspect ratio within 3/4..4/3. Of ten
+    attempts the first that fits into the image counts. If none fits, the box is the largest
+    centered one within those ratios. torchvision's RandomResizedCrop does so for one image.
     """
+    shapes = torch.stack([heights, widths], 1)
     area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, AREA])
     ratio = torch.exp((2 * u[:, RATIO] - 1) * math.log(4 / 3))
-    w = (area * ratio).sqrt().round()
-    h = (area / ratio).sqrt().round()
-    fits = (w > 0) & (h > 0) & (w <= widths[:, None]) & (h <= heights[:, None])
-    first = fits.int().argmax(1, keepdim=True)
-    any_fits = fits.any(1)
-    largest_h = torch.minimum(heights, (widths * 4 / 3).round().clamp(min=1))
-    largest_w = torch.minimum(widths, (heights * 4 / 3).round().clamp(min=1))
-    h = torch.where(any_fits, h.gather(1, first)[:, 0], largest_h)
-    w = torch.where(any_fits, w.gather(1, first)[:, 0], largest_w)
-    top = torch.where(any_fits, u[:, TOP] * (heights - h + 1), (heights - h) / 2).floor()
-    left = torch.where(any_fits, u[:, LEFT] * (widths - w + 1), (widths - w) / 2).floor()
-    return torch.stack([top, left, h, w], 1)
+    attempts = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # (n, 10, 2)
+    fits = ((attempts > 0) & (attempts <= shapes[:, None])).all(2)
+    first = fits.int().argmax(1)[:, None, None]  # of equal values argmax finds the first
+    any_fits = fits.any(1, keepdim=True)
+    largest = torch.minimum(shapes, (shapes.flip(1) * 4 / 3).round().clamp(min=1))
+    extent = torch.where(any_fits, attempts.take_along_dim(first, 1)[:, 0], largest)
+    rest = shapes - extent
+    corner = torch.where(any_fits, u[:, TOP:LEFT + 1] * (rest + 1), rest / 2).floor()
+    return torch.cat([corner, extent], 1)
 
 def cut(images, box, shapes, size, flip=None, sigma=None):
-    """A box (n, 4) of each image (n, 3, S, S), resized, flipped and blurred: (n, 3, size * size).
+    """The box of each image (n, 3, S, S), resized, flipped and blurred: (n, 3, size * size).
 
-    A box counts the pixels of the original (`shapes`), of which the image is a resized copy.
+    box (n, 4) is in pixels of the original images, whose heights and widths are shapes (n, 2). For
+    flip and sigma see `resampling`.
     """
-    n, _, side, _ = images.shape
-    scale = side / shapes  # (n, 2): stored pixels per original pixel
-    top, left, height, width = (box.view(n, 2, 2) * scale[:, None]).view(n, 4).T
+    side = images.shape[-1]
+    scale = side / shapes  # stored pixels per original pixel: of heights, of widths
+    top, left, height, width = (box * scale.repeat(1, 2)).T
     down = resampling(top, height, side, size, None, sigma)
     across = resampling(left, width, side, size, flip, sigma)
-    x = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    x = down @ x.view(n, side, 3 * side)  # (n, size, 3 * side): rows, then colors
-    x = x.view(n, size * 3, side) @ across.mT  # (n, size * 3, size)
-    return x.view(n, size, 3, size).transpose(1, 2).reshape(n, 3, size * size)
+    x = torch.einsum("nyi,ncij->nycj", down, images.float())
+    return torch.einsum("nycj,nxj->ncyx", x, across).flatten(2)
 
 def resampling(begin, length, source, size, flip=None, sigma=None):
-    """Matrices (n, size, source) that cut `length` pixels from `begin` out of an axis, resize, flip
-    and blur it; begin, length, flip and sigma are (n,). Pixel j covers [j, j + 1).
+    """Matrices (n, size, source) that cut `length` pixels from `begin` on out of an axis of
+    `source` pixels, resize them to `size`, flip them where `flip` is true, and blur them.
 
-    Antialiased bilinear resizing is a triangle filter as wide as the shrinkage. A Gaussian blur of
-    `sigma` output pixels is a softmax over squared distances; at the borders it renormalizes.
+    begin, length, flip and sigma are (n,); pixel j of an axis covers [j, j + 1). Antialiased
+    bilinear resizing is a triangle filter as wide as the shrinkage. A Gaussian blur of `sigma`
+    output pixels is a softmax over squared distances: also at the borders, weights sum to one.
     """
     begin = begin[:, None, None]
     length = length[:, None, None]
@@ -164,33 +173,39 @@ def resampling(begin, length, source, size, flip=None, sigma=None):
     middle = begin + (i[:, None] + 0.5) * stride - 0.5  # of output i, in source pixels
     if flip is not None:
         middle = torch.where(flip[:, None, None], middle.flip(1), middle)
-    in_box = (j + 1 > begin) & (j < begin + length)  # also pixels that the box cuts: no empty row
+    # A pixel that the box cuts through counts as inside, so that no row of the matrix is empty.
+    in_box = (j + 1 > begin) & (j < begin + length)
     matrix = (1 - (middle - j).abs() / stride.clamp(min=1)).clamp_(min=0) * in_box
     matrix /= matrix.sum(2, keepdim=True)
     if sigma is not None:
+        # At a sigma near 0, each pixel keeps all its weight. Weights below e^-20 become 0.
         exponent = (i[:, None] - i) ** 2 / (2 * sigma[:, None, None].clamp(min=1e-3) ** 2)
-        exponent = exponent.masked_fill(exponent > 20, math.inf)  # weights below e^-20: none
+        exponent = exponent.masked_fill(exponent > 20, math.inf)
         matrix = (-exponent).softmax(2) @ matrix
     return matrix
 
 def color_matrix(brightness, contrast, saturation, hue):
-    """Color jitter as a matrix on a pixel plus one on the view's mean pixel, (n, 3, 3) each.
+    """Color jitter as two matrices (n, 3, 3): one on a pixel, one on the mean pixel of the view.
+    The jittered pixel is the sum of the two products.
 
-    Arguments are (n,): factors, and turns for hue. In YIQ, brightness scales everything, contrast
-    moves luma towards its mean and scales chroma, saturation scales chroma (0: grayscale), hue
-    turns it. All four commute, so torchvision's random order has nothing to choose (except that it
-    clips in between). Hue keeps luma, as DALI's and TensorFlow's in YIQ do; torchvision's keeps
-    value.
+    brightness, contrast and saturation are factors (n,), hue is an angle (n,) in turns. In YIQ,
+
+        luma'   = brightness * contrast * luma + brightness * (1 - contrast) * mean luma
+        chroma' = brightness * contrast * saturation * (chroma turned by the angle)
+
+    The four changes commute, so torchvision's random order has nothing to choose, except that it
+    clips in between. A turn of hue keeps luma here, as in DALI and TensorFlow; torchvision's keeps
+    the value of HSV.
     """
     luma = brightness * contrast
     chroma = luma * saturation
     angle = 2 * math.pi * hue
-    on_pixel = torch.zeros(len(hue), 3, 3, device=hue.device)
-    on_pixel[:, 0, 0] = luma
-    on_pixel[:, 1, 1] = chroma * angle.cos()
-    on_pixel[:, 1, 2] = -chroma * angle.sin()
-    on_pixel[:, 2, 1] = chroma * angle.sin()
-    on_pixel[:, 2, 2] = chroma * angle.cos()
+    cos = chroma * angle.cos()
+    sin = chroma * angle.sin()
+    zero = torch.zeros_like(luma)
+    on_pixel = torch.stack([luma, zero, zero,
+                            zero, cos, -sin,
+                            zero, sin, cos], 1).view(-1, 3, 3)
     on_mean = torch.zeros_like(on_pixel)
     on_mean[:, 0, 0] = brightness - luma
     _, _, to_yiq, from_yiq = constants(hue.device)
@@ -199,11 +214,11 @@ def color_matrix(brightness, contrast, saturation, hue):
 # ------------------------------------------------------- 2. the draws: what happens at a step
 
 def draw_step(n, batch, seed, step):
-    """The random choices of a step, the same on every process and device.
+    """The random choices of a step, which are the same on every process and device.
 
     -> rows (batch,): which of the n images; u (2, batch, COLUMNS): the uniform numbers of their two
-    views; order (batch,): the shuffled order in which the key encoder sees the batch. A pass over
-    the images drops the last incomplete batch.
+    views; order (batch,): the shuffled order in which the key encoder sees the batch. An epoch is
+    n // batch steps; the images that are left over have their turn in other epochs.
     """
     epoch, i = divmod(step, n // batch)
     rows = order_of_epoch(n, seed, epoch)[i * batch:(i + 1) * batch]
@@ -212,13 +227,13 @@ def draw_step(n, batch, seed, step):
     order = torch.randperm(batch, generator=draw)
     return rows, u, order
 
-@lru_cache(maxsize=2)  # the step that is drawn ahead may be of the next epoch
+@lru_cache(maxsize=2)  # a step that is drawn one ahead may be of the next epoch
 def order_of_epoch(n, seed, epoch):
     """All n rows, shuffled."""
     return torch.randperm(n, generator=seeded(seed, "epoch", epoch))
 
 def seeded(*key):
-    """A CPU generator that is a function of `key` (torch uses 32 bits of a seed)."""
+    """A random generator on the CPU, the same for the same `key` of numbers and words."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 # ----------------------------------------------------------------------------------- 3. data sets
@@ -226,12 +241,12 @@ def seeded(*key):
 @dataclass
 class Images:
     """A set of images, each stored whole as a square, whatever its aspect ratio was."""
-    pixels: torch.Tensor  # (N, 3, S, S) uint8: on the device, or a memory-mapped file
+    pixels: torch.Tensor  # (N, 3, S, S) uint8: on the device, in memory, or mapped from a file
     shapes: torch.Tensor  # (N, 2) float32: the heights and widths that the images had
     labels: torch.Tensor  # (N,) int64, -1 where unknown
-    classes: list         # their names, empty without labels
-    device: torch.device
-    fingerprint: str      # the same only for the same images in the same order
+    classes: list         # the names of the labels, empty without labels
+    device: torch.device  # where `get` puts the images
+    fingerprint: str      # of the files' names and sizes in order: a run goes on with these alone
 
     def __len__(self):
         return len(self.labels)
@@ -242,62 +257,77 @@ class Images:
         return to_device(pixels, self.device), to_device(self.shapes[rows], self.device)
 
     def prefetch(self, make, items):
-        """make(item) for each item; where pixels travel to a device, a thread works one ahead."""
+        """make(item) for each item. If the pixels are not on the device, a thread makes the next
+        one while the caller works on the one before."""
         if self.pixels.device == self.device:
             yield from map(make, items)
             return
         with ThreadPoolExecutor(1) as pool:
-            upcoming = None
+            waiting = deque()
             for item in items:
-                current = upcoming
-                upcoming = pool.submit(make, item)
-                if current is not None:
-                    yield current.result()
-            if upcoming is not None:
-                yield upcoming.result()
-
-def to_device(x, device):
-    if device.type == "cuda" and x.device.type == "cpu":  # without waiting for it
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+                waiting.append(pool.submit(make, item))
+                if len(waiting) == 2:
+                    yield waiting.popleft().result()
+            for last in waiting:
+                yield last.result()
 
 def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
-    """--data `name` -> train Images; held-out Images, None without labels; the side of a view.
+    """The data set `name` -> training Images; held-out Images, None without labels; the side of a
+    view in pixels. Processes need not call it together. See also `move_to_device`.
 
-    A `size` of None is the images' own side, in a folder at most 224, on a CPU at most 64. `keep`
-    is the side at which a folder's images are stored. Raises InputError for what is not there or
-    cannot be read.
+    `name` is letters, cifar10, cifar100, stl10 or a folder. Downloads and decoded images go to the
+    folder `root`. A `size` of None is 32 for letters and the images' own side for the downloaded
+    sets. `keep` is the side at which the images of a folder are stored; for both see `load_folder`.
+    Raises InputError for what is not there or cannot be read.
     """
     if name == "letters":
-        size = size or 32
-        sets = [letters(5120, 0, size), letters(1280, 1, size)]
+        parts = [letters(5120, 0, size or 32), letters(1280, 1, size or 32)]
     elif name in ("cifar10", "cifar100", "stl10"):
-        sets = [torchvision_set(name, root, "train"), torchvision_set(name, root, "test")]
-        size = size or sets[0][0].shape[-1]
+        parts = [torchvision_set(name, root, is_train) for is_train in (True, False)]
     else:
         return load_folder(Path(name), Path(root), size, keep, device)
-    images = []
-    for pixels, labels, classes in sets:
-        shapes = torch.full((len(labels), 2), float(pixels.shape[-1]))
+    sets = []
+    for pixels, labels, classes in parts:
+        shapes = torch.full((len(labels), 2), pixels.shape[-1]).float()
         labels = torch.as_tensor(labels).long()
-        images.append(Images(pixels, shapes, labels, classes, device, f"{len(labels)} of {name}"))
-    return *move_to_device(images, device), size
+        sets.append(Images(pixels, shapes, labels, classes, device, f"{len(labels)} of {name}"))
+    return *sets, size or pixels.shape[-1]
 
-# What the main command learns from: a class each, none a mirror image or another size of another
+def move_to_device(train, test):
+    """Move the pixels of both sets, in place, to their device if they need at most a third of the
+    memory that is free there: the rest is for the network.
+
+    All processes must call it together, since all follow the one with the least room.
+    """
+    for images in (train, test):
+        if images is None or images.device.type == "cpu":
+            continue
+        fits = 3 * images.pixels.numel() < free_memory(images.device)
+        if gather(torch.tensor([fits], device=images.device)).all():
+            images.pixels = images.pixels.to(images.device)
+
+def free_memory(device):
+    """Free bytes on a GPU; on a Mac, whose GPU shares the CPU's memory, half of all bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+# The classes of the letters. None is the mirror image of another, or the same at another size.
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabefghmnrty123456789#$%&*+<=?@[{(~^!;\""
 
 def letters(n, seed, size=32):
     """`n` drawings of GLYPHS -> pixels (n, 3, size, size) uint8, labels (n,), names.
 
-    Each is turned, sheared, zoomed, moved and dimmed at random. All have one ink on one paper: if
-    they differed in color, that would be the cheapest way to tell them apart, and all that is
-    learned.
+    Each is turned, sheared, zoomed, moved and dimmed at random. All have the same ink and the same
+    paper: if they differed in color, color would be the cheapest way to tell them apart, and
+    nothing else would be learned.
     """
-    middle = size  # of pictures twice as large, for smooth edges
     font = ImageFont.load_default(1.6 * size)
+    large = (2 * size, 2 * size)  # drawn so large and then halved, for smooth edges
+    middle = size
     glyphs = []
     for glyph in GLYPHS:
-        picture = Image.new("L", (2 * size, 2 * size))
+        picture = Image.new("L", large)
         ImageDraw.Draw(picture).text((middle, middle), glyph, 255, font, anchor="mm")
         glyphs.append(picture)
     paper = torch.tensor([0.04, 0.05, 0.08])[:, None, None]
@@ -306,32 +336,32 @@ def letters(n, seed, size=32):
     numbers = 2 * torch.rand(6, n, generator=seeded("letters", seed)) - 1
     pictures = []
     for label, (turn, shear, zoom, x, y, light) in zip(labels, numbers.T.tolist()):
-        # from a pixel of the picture to the place in the glyph that it shows: (a, b; d, e)
+        # Pixel (column, row) of the picture shows the glyph at (a column + b row + c, d column + e
+        # row + f): that is a turn by 22 degrees at most, divided by the zoom, after a shear.
+        angle = math.radians(22 * turn)
         scale = 0.775 + 0.225 * zoom
-        cos = math.cos(math.radians(22 * turn)) / scale
-        sin = math.sin(math.radians(22 * turn)) / scale
-        a, b = cos, 0.25 * shear * cos - sin
-        d, e = sin, 0.25 * shear * sin + cos
-        x, y = middle * (0.2 * x - 1), middle * (0.2 * y - 1)
+        a = math.cos(angle) / scale
+        d = math.sin(angle) / scale
+        b = 0.25 * shear * a - d
+        e = 0.25 * shear * d + a
+        x = middle * (0.2 * x - 1)
+        y = middle * (0.2 * y - 1)
         places = (a, b, a * x + b * y + middle, d, e, d * x + e * y + middle)
-        glyph = glyphs[label]
-        picture = glyph.transform(glyph.size, Image.AFFINE, places, Image.BILINEAR)
+        picture = glyphs[label].transform(large, Image.AFFINE, places, Image.BILINEAR)
         ink = torch.from_numpy(np.array(picture.reduce(2))) / 255
-        pictures.append((0.8 + 0.2 * light) * torch.lerp(paper, color, ink))
-    return (255 * torch.stack(pictures)).round().byte(), labels, list(GLYPHS)
+        picture = (0.8 + 0.2 * light) * torch.lerp(paper, color, ink)
+        pictures.append((255 * picture).round().byte())
+    return torch.stack(pictures), labels, list(GLYPHS)
 
-def torchvision_set(name, root, split):
-    """Pixels (N, 3, S, S), labels and class names of one of torchvision's data sets."""
+def torchvision_set(name, root, is_train):
+    """Pixels (N, 3, S, S), labels (N,) and class names of one of torchvision's data sets."""
     from torchvision import datasets
     kind = getattr(datasets, name.upper())
-    flags = dict(train=split == "train")
+    flags = dict(train=is_train)
     if name == "stl10":
-        flags = dict(split="train+unlabeled" if split == "train" else "test")
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process of a node downloads
-        kind(root, download=True, **flags)
-    if dist.is_initialized():
-        dist.barrier()
-    images = kind(root, **flags)
+        flags = dict(split="train+unlabeled" if is_train else "test")
+    with locked(Path(root) / f"{name}.lock"):  # one process downloads, the others find the files
+        images = kind(root, download=True, **flags)
     if name == "stl10":
         return torch.from_numpy(images.data), images.labels, list(images.classes)
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()
@@ -339,83 +369,126 @@ def torchvision_set(name, root, split):
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm",
               ".pgm", ".avif")
-# Pillow opens a file as what it contains, whatever its name: PostScript would run Ghostscript
+# Pillow looks at what is in a file, not at its name. Without this list it would hand a file of
+# PostScript that is called .jpg to Ghostscript, which runs it as a program.
 FORMATS = sorted({kind for extension, kind in Image.registered_extensions().items()
                   if extension in EXTENSIONS})
 
 def load_folder(folder, root, size, keep, device):
-    """Folders train/CLASS/* with test/ or val/ beside them, or CLASS/*, or images without labels.
+    """The images of a folder -> training Images; held-out Images or None; the side of a view.
 
-    Without test/ or val/ about every tenth labelled image is held out, by a hash of its name: a
-    file more moves no other one to the other side.
+    The folder holds CLASS/*, or train/CLASS/* and perhaps test/CLASS/* or val/CLASS/*. If both have
+    images, test/ counts and val/ does not. If neither has, `hold_out` picks some of each class.
+    If there are fewer than two classes, or if at least half of the images lie outside of the class
+    folders, the images have no labels: all train, and test/ and val/ do not count.
+
+    A `size` of None is the median of the images' shorter sides, rounded down to a multiple of 32,
+    within 32..224, or on a CPU within 32..64. A `keep` of None is that median within 1..1.5 times
+    the size: at 1.5 times few crops have to be enlarged.
     """
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder; or letters, cifar10, cifar100, stl10")
-    inner = folder / "train" if (folder / "train").is_dir() else folder
-    train = scan(inner)
-    if not train:
-        raise InputError(f"--data {inner}: no image in it (looked for {' '.join(EXTENSIONS)})")
-    stray = [path for path, name in train if name == ""]
-    classes = sorted({name for _, name in train} - {""})
+    train_folder = test_folder = folder
+    train = names = scan(folder)
     test = []
-    if len(classes) < 2 or 2 * len(stray) >= len(train):  # a single folder, or mostly loose images
+    parts = {first_folder(name) for name in names}
+    # where there are other folders, train/ is a class
+    if "train" in parts and parts <= {"", "train", "test", "val"}:
+        train_folder = folder / "train"
+        train = below("train/", names)
+        for part in ("val", "test"):
+            if part in parts:
+                test_folder = folder / part
+                test = below(f"{part}/", names)
+    if not train:
+        raise InputError(f"--data {folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
+    classes = sorted({first_folder(name) for name in train} - {""})
+    loose = [name for name in train if "/" not in name]
+    if len(classes) < 2 or 2 * len(loose) >= len(train):
         classes = []
+        test = []
     else:
-        if stray:
-            print0(f"left out {len(stray)} beside the class folders: {some(stray)}")
-        train = [file for file in train if file[1] != ""]
-        for name in ("val", "test"):  # test/ counts, if both have images
-            if inner != folder and (folder / name).is_dir():
-                test = [file for file in scan(folder / name) if file[1] != ""] or test
+        report(loose, "images beside the class folders")
+        train = [name for name in train if "/" in name]
+        test = [name for name in test if "/" in name]
         if not test:
-            test = [file for file in train if is_held_out(os.path.relpath(file[0], folder))]
-            held = set(test)
-            train = [file for file in train if file not in held]
-    for path, name in test:
-        if name not in classes:
-            raise InputError(f"--data {path}: its class {name!r} is not in {inner}")
+            held = hold_out(train)
+            test_folder = train_folder
+            test = [name for name in train if name in held]
+            train = [name for name in train if name not in held]
+    for name in test:
+        if first_folder(name) not in classes:
+            raise InputError(f"--data {test_folder / name}: {train_folder} has no such class")
 
-    side = median_side(train)
-    size = size or min(64 if device.type == "cpu" else 224, max(32, side // 32 * 32))
-    keep = keep or min(max(size, side), size * 3 // 2)  # half as much again: few crops are enlarged
-    images = []
-    for part, files in (("train", train), ("test", test)):
-        name = f"{folder.resolve().name}-{part}-{keep}px-"
-        if files:
-            images.append(decoded(files, folder, classes, keep, root / "decoded", name, device))
-    return *move_to_device(images, device), size
-
-def is_held_out(name):
-    return zlib.crc32(os.fsencode(name)) % 10 == 0
-
-def some(names):
-    """The first of them, for a message."""
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    side = median_side([train_folder / name for name in train])
+    most = 64 if device.type == "cpu" else 224
+    size = size or min(most, max(32, side // 32 * 32))
+    keep = keep or min(max(size, side), size * 3 // 2)
+    part = partial(decoded, classes=classes, side=keep, cache=root / "decoded", device=device)
+    return part(train_folder, train), part(test_folder, test), size
 
 def scan(folder):
-    """The image files under `folder`, in order, as (path, first folder below it, "" if none).
+    """The names below `folder`, in order, of the image files in it and in its folders.
 
-    Hidden files and folders do not count, nor does what these scripts wrote.
+    Hidden files and folders do not count, nor do folders that these scripts wrote. Raises
+    InputError for a folder that cannot be read.
     """
-    files = []
+    found = []
+    results = []
     visited = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(here)
-        if real in visited or not {"args.json", "analysis.json"}.isdisjoint(names):
-            folders.clear()  # links may form a loop; a run or a result
-            continue
-        visited.add(real)
+    for here, folders, files in os.walk(folder, onerror=refuse_folder, followlinks=True):
+        names = [os.path.relpath(os.path.join(here, name), folder) for name in sorted(files)
+                 if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = os.path.relpath(here, folder).split(os.sep)[0]
-        for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                files.append((os.path.join(here, name), "" if below == "." else below))
-    return files
+        real = os.path.realpath(here)
+        if "args.json" in files or "analysis.json" in files:
+            results += names
+            folders.clear()
+        elif real in visited:  # links may form a loop
+            folders.clear()
+        else:
+            found += names
+        visited.add(real)
+    report(results, "images in folders of results, which have an args.json or analysis.json")
+    return found
 
-def median_side(files):
-    """The median of the images' shorter sides, from the headers of 200 of them."""
+def refuse_folder(error):
+    raise InputError(f"--data {error.filename}: {error.strerror}")
+
+def first_folder(name):
+    """The first folder in the name of a file, "" if there is none."""
+    return name.split("/")[0] if "/" in name else ""
+
+def below(folder, names):
+    """The names that begin with `folder`, without it."""
+    return [name.removeprefix(folder) for name in names if name.startswith(folder)]
+
+def report(names, what):
+    """Say which images do not count, if there are any: the first five of them."""
+    if names:
+        print0(f"left out {len(names)} {what}: {', '.join(names[:5])}")
+
+def hold_out(names):
+    """The set of those names CLASS/* that are held out: about every tenth, by a hash of the name.
+
+    So a file more moves no other one to the other side. But a class of two or more images has at
+    least one on each side.
+    """
+    held = set()
+    for _, members in groupby(names, first_folder):
+        members = sorted(members, key=tenth)
+        wanted = sum(tenth(name) == 0 for name in members)
+        held.update(members[:min(max(wanted, 1), len(members) - 1)])
+    return held
+
+def tenth(name):
+    """A hash of a name within 0..9."""
+    return zlib.crc32(os.fsencode(name)) % 10
+
+def median_side(paths):
+    """The median of the images' shorter sides, from the headers of about 200 of them."""
     sides = []
-    for path, _ in files[::max(1, len(files) // 200)]:
+    for path in paths[::max(1, len(paths) // 200)]:
         try:
             with Image.open(path, formats=FORMATS) as image:
                 sides.append(min(image.size))
@@ -423,179 +496,202 @@ def median_side(files):
             continue
     return int(np.median(sides)) if sides else 32
 
-def decoded(files, source, classes, side, folder, prefix, device):
-    """The Images of `files`, (path, class name) each, below `source`, as squares of `side` pixels.
+def decoded(folder, names, classes, side, cache, device):
+    """The Images of the files `names` in `folder`, as squares of `side` pixels; None for no file.
 
-    The first call decodes them into a file in `folder`, called `prefix` and a hash of their names,
-    sizes and times. Unreadable ones are left out. Of processes that want the same file, one makes
-    it and the others wait.
+    They are decoded once, into a file in the folder `cache` that is called by a hash of their
+    names, sizes and times. Of processes that need the same file, one decodes, the others wait.
     """
-    names = [os.fsencode(os.path.relpath(path, source)) for path, _ in files]
-    state = hashlib.sha1()
-    for (path, _), name in zip(files, names):
-        state.update(name)
-        if os.path.exists(path):  # no link to nowhere
-            status = os.stat(path)
-            state.update(f" {status.st_size} {status.st_mtime_ns} ".encode())
-    pixel_file = folder / f"{prefix}{state.hexdigest()[:16]}.pixels"
-    index_file = pixel_file.with_suffix(".index")
-    if not index_file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(pixel_file.with_suffix(".lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # ends with its process, however that ends
-                for left_over in folder.glob(f"{pixel_file.stem}.*.tmp"):
-                    left_over.unlink()
-            except OSError:  # a file system without locks: each process decodes for itself
-                pass
-            if not index_file.exists():
-                decode_files([path for path, _ in files], side, pixel_file, index_file)
-                older = sorted(set(folder.glob(f"{prefix}*.pixels")) - {pixel_file})
-                if older:
-                    size = sum(path.stat().st_size for path in older)
-                    print(f"of older states of the folder there are {size:,} bytes; remove them "
-                          f"with  rm {' '.join(f'{path.parent / path.stem}.*' for path in older)}")
-    index = load_file(index_file)
-    rows = index["rows"].tolist()
-    if not rows:
-        raise InputError(f"--data {source}: none of its {len(files):,} image files is readable")
-    shape = (len(rows), 3, side, side)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of memory that cannot be written: nobody writes
-        pixels = torch.from_numpy(np.memmap(pixel_file, np.uint8, "r", shape=shape))
-    number = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number.get(files[row][1], -1) for row in rows])
-    digest = hashlib.sha1(b"\n".join(names[row] for row in rows)).hexdigest()[:16]
-    return Images(pixels, index["shapes"], labels, classes, device, f"{len(rows)}, {digest}")
+    if not names:
+        return None
+    paths = [folder / name for name in names]
+    states = [os.stat(path, follow_symlinks=path.exists()) for path in paths]
+    sizes = [(name, state.st_size) for name, state in zip(names, states)]
+    times = [state.st_mtime_ns for state in states]
+    stem = "-".join(folder.resolve().parts[1:][-2:])
+    file = cache / f"{stem}-{side}px-{digest(sizes + times)}.pixels"
+    read = partial(read_decoded, file, len(paths), side)
+    found = read()
+    if found is None:
+        with locked(file.with_suffix(".lock")):  # which the first to come has while it decodes
+            found = read() or decode_files(paths, side, file)
+    pixels, shapes = found
+    is_readable = shapes[:, 0] > 0
+    report(list(compress(names, (~is_readable).tolist())), "unreadable images")
+    names = list(compress(names, is_readable.tolist()))
+    number = {label: i for i, label in enumerate(classes)}
+    labels = torch.tensor([number.get(first_folder(name), -1) for name in names])
+    fingerprint = f"{len(names)} {digest(sizes)}"
+    return Images(pixels, shapes[is_readable], labels, classes, device, fingerprint)
 
-def decode_files(paths, side, pixel_file, index_file):
-    """Write the pixels of all readable images to one file, their rows and shapes to another."""
-    needed = 3 * side * side * len(paths)
-    free = shutil.disk_usage(pixel_file.parent).free
-    if needed > free:
-        raise InputError(f"--root: {len(paths):,} images of {side} x {side} pixels need {needed:,} "
-                         f"bytes in {pixel_file.parent}, where {free:,} are free; lower --keep or "
-                         "--size, or name another --root")
-    rows = []
-    shapes = []
-    progress = Progress(len(paths), is_shown=True)
-    temporary = pixel_file.with_suffix(f".{os.getpid()}.tmp")
+def digest(values):
+    return hashlib.sha1(repr(values).encode()).hexdigest()[:16]
+
+def read_decoded(file, n, side):
+    """What `decode_files` wrote of n files: the pixels (rows, 3, side, side) uint8 of the readable
+    ones; heights and widths (n, 2) float32 of all, 0 where unreadable. None if it is not whole."""
+    if not file.exists():
+        return None
+    shapes = torch.from_numpy(np.fromfile(file, np.float32, 2 * n))
+    rows = int(shapes.count_nonzero()) // 2
+    if file.stat().st_size != 8 * n + rows * 3 * side * side:
+        return None
+    pixels = np.memmap(file, np.uint8, "r", 8 * n, (rows, 3, side, side))
+    return torch.from_numpy(pixels), shapes.view(n, 2)
+
+def decode_files(paths, side, file):
+    """Decode the images into a file: first all heights and widths, then the pixels of those that
+    can be read. -> what `read_decoded` finds there."""
+    progress = Progress(len(paths))
+    progress.is_shown = True  # whichever process decodes
+    shapes = np.zeros((len(paths), 2), np.float32)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file, ThreadPool(min(16, os.cpu_count())) as pool:
-            for first in range(0, len(paths), 256):  # so many images wait for the disk, no more
+        with open(temporary, "wb") as output, ThreadPool(min(16, os.cpu_count())) as pool:
+            output.write(shapes)
+            for first in range(0, len(paths), 256):  # if the disk is slow, 256 images wait for it
                 images = pool.map(partial(decode, side=side), paths[first:first + 256])
                 for row, image in enumerate(images, first):
                     if image is not None:
-                        pixels, height, width = image
-                        file.write(pixels.tobytes())
-                        shapes.append((height, width))
-                        rows.append(row)
+                        pixels, *shapes[row] = image
+                        output.write(pixels.tobytes())
                 if progress.due():
                     progress.show(first, f"decoding {first:,}/{len(paths):,} images")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, pixel_file)
-        save(temporary, dict(rows=torch.tensor(rows).long(), shapes=torch.tensor(shapes).float()))
-        os.replace(temporary, index_file)  # each file at once, also where two processes decode
+            output.seek(0)
+            output.write(shapes)
+        if not shapes.any():
+            raise InputError(f"--data: none of {len(paths):,} files is readable, as {paths[0]}")
+        os.replace(temporary, file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"--root: {error}; make room, or name another --root") from None
-    print(f"decoded {len(rows):,} images in {time.time() - progress.started:.1f} s to {pixel_file}")
-    bad = [paths[row] for row in sorted(set(range(len(paths))) - set(rows))]
-    if bad:
-        print(f"left out {len(bad)} unreadable: {some(bad)}", flush=True)
+    finally:
+        temporary.unlink(missing_ok=True)
+    seconds = time.monotonic() - progress.started
+    print(f"decoded {len(paths):,} images in {seconds:.1f} s to {file}", flush=True)
+    return read_decoded(file, len(paths), side)
+
+# A large image may need 2 GB of memory, also where its file is small. So one thread decodes all of
+# them, one after the other. (A lock would not do: malloc keeps the memory of each thread.)
+LARGE = 2 ** 24  # pixels
+large_images = ThreadPoolExecutor(1)
 
 def decode(path, side):
     """The image in a file: pixels (3, side, side) uint8, height, width; None if unreadable."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
-            if image.getexif().get(0x0112, 1) > 4:  # orientation: rows and columns change places
-                width, height = height, width
             image.draft(None, (side, side))  # a JPEG at 1/2, 1/4 or 1/8, if that is large enough
-            ImageOps.exif_transpose(image, in_place=True)
-            image = as_rgb(image).resize((side, side), Image.BILINEAR, reducing_gap=2)
+            stored = image.size
+            if math.prod(stored) > LARGE:
+                small, upright = large_images.submit(shrink, image, side).result()
+            else:
+                small, upright = shrink(image, side)
     except Exception:  # PIL raises anything from OSError to struct.error on damaged files
         return None
-    return np.asarray(image).transpose(2, 0, 1), height, width
+    if upright != stored:  # rows and columns have changed places
+        width, height = height, width
+    return np.asarray(small).transpose(2, 0, 1), height, width
+
+def shrink(image, side):
+    """A PIL image -> the same, upright, as RGB of side x side; its upright width and height."""
+    ImageOps.exif_transpose(image, in_place=True)
+    return as_rgb(image).resize((side, side), Image.BILINEAR, reducing_gap=2), image.size
 
 def as_rgb(image):
-    """Any PIL image as RGB: more than 8 bits are scaled; behind transparency is white.
+    """Any PIL image as RGB: 16 bits are scaled to 8, and behind transparency is white.
 
-    Integers of 16 bits are scaled by their range, the same for all images, floats from 0..1, 0..255
-    or 0..65535. Raises ValueError for what is below 0, above that, or no number.
+    Raises ValueError for numbers beyond 16 bits and for floats, whose white may be any number.
     """
-    if image.mode[0] in "IF":
-        gray = np.asarray(image, np.float32)
-        highest = gray.max()
-        if not (gray.min() >= 0 and highest <= 65535):
-            raise ValueError("pixels beyond 0..65535")
-        scale = 65535
-        if image.mode == "F" and highest <= 255:
-            scale = 1 if highest <= 1 else 255
-        image = Image.fromarray((gray * (255 / scale)).round().astype(np.uint8))
+    if image.mode[0] in "IF":  # modes I and I;16 are integers, F is floats
+        gray = np.asarray(image)
+        if image.mode == "F" or gray.min() < 0 or gray.max() > 65535:
+            raise ValueError
+        image = Image.fromarray((gray / 257).round().astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def move_to_device(images, device):
-    """[train] or [train, test] -> train, test or None; pixels on the device if there is room."""
-    for part in images:
-        # thrice: the rest is for the network
-        room = torch.tensor(3 * part.pixels.numel() < free_memory(device), device=device).int()
-        if dist.is_initialized():  # one answer for all processes: the slowest sets their pace
-            dist.all_reduce(room, dist.ReduceOp.MIN)
-        if device.type != "cpu" and room.item():
-            part.pixels = part.pixels.to(device)
-    return images[0], images[1] if len(images) > 1 else None
-
-def free_memory(device):
-    """Bytes that may be used on the device; of memory shared with the CPU half."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-# ------------------------------------------------ 4. what is not data: device, processes, files
+# ---------------------------------- 4. what all scripts share: device, processes, files, flags, end
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and how to fix it."""
 
+def run(main):
+    """Call a script's main(), and end with one line instead of a traceback where the user can help:
+    on a wrong flag or file, on what the disk refuses, and on Ctrl-C."""
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"{script}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{script}: stopped; a run goes on with --out FOLDER --resume")
+
+def positive(text):
+    """The type of a flag that is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+def share(text):
+    """The type of a flag that is a number within 0..1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number within 0..1")
+    return value
+
 def init_device(name):
-    """The device called `name` (auto: the first there is); under torchrun also the group."""
+    """The device called `name`; auto is the first there is of cuda, mps and cpu. Under torchrun,
+    this also makes the group of processes."""
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
-    if name == "cuda":  # each process its own; touching the first one would take memory there
+    if name == "cuda":  # each process has its own; touching the first one would take memory there
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.zeros(1, device=name).device
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("choose from auto, cpu, cuda, cuda:1 and mps")
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    libc = ctypes.CDLL(None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    elif device.type == "cpu" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # glibc gives large tensors back to the kernel, which clears their pages at the next use.
-        # At 224 pixels that is half of a step. So: no memory maps (-4), and nothing given back (-1)
-        ctypes.CDLL(None).mallopt(-4, 0)
-        ctypes.CDLL(None).mallopt(-1, -1)
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # float32 means it: no TF32
+    elif hasattr(libc, "mallopt"):
+        # glibc gives the memory of large tensors back to the kernel, which has to clear it before
+        # the next use. At 224 pixels that takes half of a step on a CPU. So glibc may neither map
+        # memory for a tensor (M_MMAP_MAX, -4) nor give any back (M_TRIM_THRESHOLD, -1).
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, -1)
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # float32 means float32, not TF32
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # gloo for tensors on the CPU, nccl for those on a GPU; one process may decode for hours
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # other nodes may decode
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     return device
 
+def to_device(x, device):
+    """A tensor on the device. The CPU does not wait for a copy to a GPU."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
 def rank_world():
-    """Which process this is, and how many there are."""
+    """The number of this process, and how many there are."""
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 def gather(x):
-    """The rows of all processes' x, which have one shape, in the order of the processes."""
+    """The rows of all processes' x, in the order of the processes; each x has the same shape."""
     if not dist.is_initialized():
         return x
     x = x.contiguous()
@@ -622,29 +718,48 @@ def print0(line):
         print(line, flush=True)
 
 class Progress:
-    """Every 20 seconds, how far a loop is."""
+    """How far a loop is, said every 20 seconds, by the first process."""
 
-    def __init__(self, total, done=0, is_shown=None):
+    def __init__(self, total, done=0):
         self.total = total
         self.first = done
-        self.started = self.printed = time.time()
-        self.is_shown = rank_world()[0] == 0 if is_shown is None else is_shown
+        self.started = self.printed = time.monotonic()
+        self.is_shown = rank_world()[0] == 0
 
     def due(self):
-        return self.is_shown and time.time() - self.printed > 20
+        return self.is_shown and time.monotonic() - self.printed > 20
 
     def show(self, done, text):
-        """Print `text` and the time left."""
-        self.printed = time.time()
+        """Print `text` and the time left, if the rest goes as fast as what is done."""
+        self.printed = time.monotonic()
         seconds = (self.printed - self.started) / max(1, done - self.first) * (self.total - done)
-        print(f"{text}  {timedelta(seconds=int(seconds))} left", flush=True)
+        if self.is_shown:
+            print(f"{text}  {timedelta(seconds=int(seconds))} left", flush=True)
+
+@contextmanager
+def locked(path, wait=True):
+    """Hold the file `path` while the `with` block runs, against all other processes.
+
+    The lock ends with its process, however that ends. If another process holds the file, wait, or
+    with `wait` False raise InputError. Where the file system has no locks, nothing is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, kind)
+        except BlockingIOError:
+            raise InputError(f"{path.parent}: another process works in this folder") from None
+        except OSError:
+            pass
+        yield
 
 def save(path, content):
     """Write a text or a torch file under a temporary name, then rename it: never half a file.
 
     Raises OSError if it cannot be written.
     """
-    temporary = Path(f"{path}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             if isinstance(content, str):
@@ -655,9 +770,10 @@ def save(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch calls a full disk by many names
-        temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise OSError(f"{path} could not be written; is the disk full? ({reason})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def load_file(path):
     """torch.load onto the CPU, which never runs code from the file; InputError if unreadable."""
@@ -665,6 +781,16 @@ def load_file(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{path}: no such checkpoint file") from None
-    except Exception as error:  # torn, no torch file, or one that would run code
+    except Exception as error:  # cut off, no torch file, or one that would run code
         raise InputError(f"{path}: not read ({type(error).__name__}): torn, no checkpoint, or more "
                          "than tensors and plain values; save its state_dict() alone") from None
+
+def read_json(path):
+    """{name: value} of a file that holds one object; else InputError."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not one object of JSON; delete it and pass its flags yourself")
+    return content

@@ -3,12 +3,13 @@
     net = build("mobilenetv3", "small")      # a torch.nn.Module, randomly initialized
     features = net(images)                   # (N, 3, H, W) -> (N, net.dim), the pre-logits feature
 
-A network is a table of rows and one class of blocks. Names, shapes and arithmetic are those of
-torchvision, so weights travel both ways. What is missing is its last Linear: in its place comes a
-projection head while pretraining (`make_head`), and a linear probe afterwards.
+A network is a table of layers, as in its paper, and one class of blocks. Names, shapes and
+arithmetic are torchvision's, so weights travel both ways. Only the last Linear, the classifier, is
+missing. A projection head (`make_head`) takes its place during pretraining, and a linear probe
+afterwards.
 
-This file needs torch alone: copy it. Read it from top to bottom: blocks, networks, their tables.
-The last part makes small images fast on a CPU; on a GPU it is never used.
+This file imports only torch: copy it. Read it from top to bottom: blocks, networks, their tables.
+The last part makes small images fast on a CPU. On a GPU it is never used.
 """
 import math
 from functools import partial
@@ -20,20 +21,20 @@ from torch import nn
 # --------------------------------------------------------------------------------------- 1. blocks
 
 def conv_bn(cin, cout, kernel=3, stride=1, groups=1, act=nn.ReLU, eps=1e-5):
-    """Convolution, BatchNorm, activation (`act=None`: none), in torchvision's order and names.
+    """Convolution, BatchNorm, and the activation `act` (None: no activation), with torchvision's
+    names. A map (N, cin, H, W) becomes (N, cout, H / stride, W / stride).
 
-    BatchNorm keeps torch's momentum of 0.1. torchvision's 0.01 for MobileNetV3 makes the running
-    statistics lag hundreds of steps behind the weights: too slow for a short run.
+    BatchNorm keeps torch's momentum of 0.1. With torchvision's 0.01 for MobileNetV3, the running
+    statistics lag hundreds of steps behind the weights, which is too slow for a short run.
     """
-    padding = kernel // 2
-    layers = [nn.Conv2d(cin, cout, kernel, stride, padding, groups=groups, bias=False),
+    layers = [nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
               nn.BatchNorm2d(cout, eps)]
     if act is not None:
         layers.append(act(inplace=True))
     return nn.Sequential(*layers)
 
 def shortcut_conv(cin, cout, stride):
-    """What a ResNet's shortcut does where the shape changes, else None."""
+    """The 1x1 convolution on a ResNet's shortcut if the block changes the shape, else None."""
     if stride == 1 and cin == cout:
         return None
     return conv_bn(cin, cout, 1, stride, act=None)
@@ -94,10 +95,11 @@ class SqueezeExcitation(nn.Module):
         return x * self.gate(scale)
 
 class InvertedResidual(nn.Module):
-    """1x1 expand, depthwise k x k, squeeze-excitation, 1x1 project; a shortcut where it fits.
+    """A 1x1 convolution to `expanded` channels, a depthwise one of `kernel` x `kernel`,
+    squeeze-excitation, a 1x1 convolution to `cout` channels, and a shortcut if the shape stays.
 
     MobileNetV3's block and, with SiLU, EfficientNet's MBConv (without stochastic depth).
-    `squeeze` is the number of channels in the squeeze-excitation, 0 for none.
+    `squeeze` is the number of channels inside the squeeze-excitation; 0 means that there is none.
     """
 
     def __init__(self, cin, expanded, cout, kernel, stride, squeeze, act, se_act, se_gate, eps):
@@ -105,7 +107,8 @@ class InvertedResidual(nn.Module):
         layers = []
         if expanded != cin:
             layers.append(conv_bn(cin, expanded, 1, act=act, eps=eps))
-        layers.append(conv_bn(expanded, expanded, kernel, stride, expanded, act, eps))
+        depthwise = conv_bn(expanded, expanded, kernel, stride, groups=expanded, act=act, eps=eps)
+        layers.append(depthwise)
         if squeeze > 0:
             layers.append(SqueezeExcitation(expanded, squeeze, se_act, se_gate))
         layers.append(conv_bn(expanded, cout, 1, act=None, eps=eps))
@@ -117,7 +120,9 @@ class InvertedResidual(nn.Module):
             return x + self.block(x)
         return self.block(x)
 
-# ---------------------------------------- 2. networks. `small` is the stem for small images (build)
+# ------------------------------------------------------------------------------------- 2. networks
+# Each takes images (N, 3, H, W) and returns features (N, dim). `small` asks for the stem for small
+# images: see `build`.
 
 class ResNet(nn.Module):
     def __init__(self, block, layers, small):
@@ -129,7 +134,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
             self.maxpool = nn.MaxPool2d(3, 2, 1)
         self.bn1 = nn.BatchNorm2d(64)
-        self.dim = 64  # channels so far
+        self.dim = 64  # `stage` raises it to the channels of its result
         self.layer1 = self.stage(block, 64, layers[0], stride=1)
         self.layer2 = self.stage(block, 128, layers[1], stride=2)
         self.layer3 = self.stage(block, 256, layers[2], stride=2)
@@ -157,7 +162,9 @@ class MobileNetV3(nn.Module):
         stride = 1 if small else 2
         layers = [conv_bn(3, cin, 3, stride, act=nn.Hardswish, eps=eps)]
         for kernel, expanded, cout, has_se, act, stride in rows:
-            squeeze = multiple_of_8(expanded / 4) if has_se else 0
+            squeeze = 0
+            if has_se:
+                squeeze = multiple_of_8(expanded / 4)
             layers.append(InvertedResidual(cin, expanded, cout, kernel, stride, squeeze, act,
                                            nn.ReLU, nn.Hardsigmoid, eps))
             cin = cout
@@ -234,18 +241,19 @@ STEMS = ("imagenet", "small")
 def build(arch, stem="imagenet"):
     """A randomly initialized network: (N, 3, H, W) -> (N, net.dim), its pre-logits feature.
 
-    `arch` is a name in ARCHS. The stem "small" keeps the resolution that small images need (He et
-    al. 2016, section 4.2): the first convolution has stride 1, in ResNets it is 3x3 and no max-pool
-    follows. 32 pixels then end in a map of 4x4 (ResNets) or 2x2 instead of 1x1, for 16 or 4 times
-    the arithmetic. Raises KeyError for an unknown name.
+    `arch` is a name in ARCHS. The stem "small" is for small images (He et al. 2016, section 4.2):
+    the first convolution has stride 1, and in ResNets it is 3x3 and no max-pool follows. An image
+    of 32 pixels then ends in a map of 4x4 (ResNets) or 2x2 (the others) instead of 1x1, which takes
+    16 or 4 times the arithmetic. Raises KeyError for an unknown name.
     """
     return initialize(ARCHS[arch](small=stem == "small"))
 
 def initialize(module):
-    """He et al. 2015 for convolutions (fan out) and Linears (fan in), zero biases, in place.
+    """Draw the weights of convolutions (fan out) and Linears (fan in) as He et al. 2015 propose,
+    and set biases to zero, in place.
 
-    MobileNetV3's paper draws its Linear from N(0, 0.01). Under a projection head that feature is so
-    small that all embeddings start alike, and hundreds of steps are needed to tell them apart.
+    MobileNetV3's paper draws its Linear from N(0, 0.01). That makes its feature so small that all
+    embeddings start alike, and hundreds of steps are needed to tell them apart.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
@@ -259,9 +267,9 @@ def initialize(module):
     return module
 
 def start_as_identity(net):
-    """Zero the last BatchNorm weight of each block that has a shortcut, in place: at first only the
-    shortcuts let anything through, and a deep network starts as a shallow one (Goyal et al. 2017,
-    section 5.1)."""
+    """Zero the weight of the last BatchNorm in each block that has a shortcut, in place (Goyal et
+    al. 2017, section 5.1). At first each such block is its shortcut alone, so a deep network starts
+    as a shallow one."""
     for block in net.modules():
         if isinstance(block, BasicBlock):
             nn.init.zeros_(block.bn2.weight)
@@ -272,40 +280,37 @@ def start_as_identity(net):
 
 HEADS = ("linear", "simple", "wide", "deep")
 
-def make_head(kind, d, c=128, norm=False):
+def make_head(kind, d, c=128):
     """Projection head (N, d) -> (N, c), thrown away after pretraining (Shi et al. 2022, section 4).
 
-    linear d-c; simple d-d-c (MoCo v2); wide d-2d-c (their choice for small networks); deep d-d-d-c;
-    a number h: d-h-c. With `norm`, BatchNorm before each ReLU (SimCLR, MoCo v3).
+    The widths of its Linears, with a ReLU between each two: linear d-c; simple d-d-c (MoCo v2);
+    wide d-2d-c (their choice for small networks); deep d-d-d-c. Raises KeyError for another kind.
     """
-    hidden = dict(linear=[], simple=[d], wide=[2 * d], deep=[d, d]).get(kind)
-    if hidden is None:
-        hidden = [int(kind)]
-    head = initialize(perceptron([d, *hidden, c], norm))
-    with torch.no_grad():  # the gradient through `normalize` shrinks as its input grows: this makes
-        head[-1].weight *= 4  # the head learn as slowly as the backbone under it
+    hidden = dict(linear=[], simple=[d], wide=[2 * d], deep=[d, d])[kind]
+    layers = []
+    for width in hidden:
+        layers += [nn.Linear(d, width), nn.ReLU(inplace=True)]
+        d = width
+    layers.append(nn.Linear(d, c))
+    head = initialize(nn.Sequential(*layers))
+    # The longer the head's output, the smaller the gradient that passes through its normalization.
+    # Four times as long, the head learns about as slowly as the backbone under it.
+    with torch.no_grad():
+        head[-1].weight *= 4
     return head
 
-def perceptron(widths, norm=False):
-    """Linears of these widths, with ReLUs between them, and with `norm` a BatchNorm before each."""
-    layers = []
-    for cin, cout in zip(widths, widths[1:]):
-        if layers:
-            layers += [nn.BatchNorm1d(cin)] * norm + [nn.ReLU(inplace=True)]
-        layers.append(nn.Linear(cin, cout))
-    return nn.Sequential(*layers)
-
 def last_linear(arch):
-    """torchvision's name of the classifying Linear, which the networks here do without."""
+    """torchvision's name of the classifier, the last Linear, which the networks here do without."""
     if arch.startswith("resnet"):
         return "fc"
     return "classifier.3" if arch.startswith("mobilenet") else "classifier.1"
 
 # -------------------------------------------------------------------------- 3. small maps on a CPU
 #
-# The last maps of small images are 1x1 and 2x2. There most of a 3x3 kernel meets padding alone, and
-# the CPU's convolutions, made for large maps, are slow. On a 2x2 map, output (0, 0) meets the four
-# taps in the lower right of the kernel, output (1, 1) those in the upper left:
+# The last maps of small images are 1x1 and 2x2. There most of a 3x3 kernel lies on the padding, and
+# the CPU's convolutions, which are made for large maps, are slow. On a 2x2 map, the kernel of
+# output (0, 0) meets the map with its four lower right taps, that of output (1, 1) with its four
+# upper left ones:
 #
 #     . . .     . . .     . x x     x x .        x: a tap that meets the map
 #     . x x     x x .     . x x     x x .        .: a tap that meets padding
@@ -313,8 +318,8 @@ def last_linear(arch):
 #     (0, 0)    (0, 1)    (1, 0)    (1, 1)
 
 def speed_up_small_maps(net):
-    """Swap the classes of `net`'s convolutions for those below, where these are right: square odd
-    kernels, "same" zero padding, no dilation, dense or depthwise without a bias. Names and results
+    """Give the convolutions of `net` the classes below, where these compute the same: square odd
+    kernels, "same" zero padding, no dilation, dense or depthwise without a bias. Weights and names
     stay."""
     for layer in net.modules():
         if type(layer) is not nn.Conv2d:  # also skips what is swapped already

@@ -1,21 +1,35 @@
 """MoCo v2 pretraining of a small network on unlabeled images.
 
     python pretrain.py --arch mobilenetv3 --temp 0.1       # some minutes on a laptop, no download
-    python pretrain.py --data FOLDER --temp 0.1            # your own images, with or without labels
+    python pretrain.py --data FOLDER                       # your own images, with or without labels
     torchrun --nproc-per-node 8 pretrain.py --data FOLDER  # eight GPUs; --batch is their total
     python pretrain.py --out runs/mine --resume            # go on with a run
 
 The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), for small networks Shi et al. 2022.
-Read it from top to bottom: the method, one step, the training loop. Then, as needed: the details
-of the loss, views, networks, optimizer, monitor and report, the run's folder, flags.
+Read it from top to bottom: the method, one step, the training loop. Then, as needed: views,
+networks, the optimizer, the monitor and the report, the run's folder, recipes, flags.
+
+Whatever the flags, this differs from MoCo v2 and its CIFAR-10 notebook in these details:
+
+- Queries meet BatchNorm in the whole batch of a process (MoCo: in the 32 images of a GPU; the
+  notebook splits queries as it splits keys).
+- Each part of the keys updates the running statistics (the notebook averages the parts first).
+- All networks start as He et al. 2015 propose. The last Linear of the head is four times as long,
+  9.8 times as long as torch's default, the hidden ones 2.45 times.
+- BatchNorm has torch's momentum of 0.1 (torchvision's MobileNetV3: 0.01).
+- The learning rate follows the step, not the epoch.
+- Pixels are normalized by ImageNet's mean and deviation, whatever the data set.
+- Hue turns in YIQ, not in HSV. Blur comes before colors are clipped to black and white, and its
+  sigma shrinks with the view.
+- Crops are cut from an image that is stored at most 1.5 times as large as a view.
+- Images are evaluated whole, without the margin that is usual at 224 pixels.
 """
 import argparse
+import contextlib
 import copy
 import gc
 import json
 import math
-import os
-import sys
 import time
 import zlib
 from functools import partial
@@ -24,45 +38,35 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
-from data import (InputError, Progress, gather, init_device, load_file, mean_over_processes, print0,
-                  rank_world, save, share_buffers, to_device)
-from linear_eval import (Parser, Pixels, count, factor, judge, number, read_checkpoint, read_head,
-                         read_json, share, side, to_evaluate)
+from analyze import found
+from data import (InputError, Progress, gather, init_device, load_file, locked, mean_over_processes,
+                  move_to_device, positive, print0, rank_world, read_json, run, save, share,
+                  share_buffers, to_device)
+from linear_eval import Pixels, judge, read_checkpoint, to_evaluate
 
 # ----------------------------------------------------------------------------------- 1. the method
 
 class Encoder(nn.Module):
-    """Backbone and projection head: a list of image batches -> their unit embeddings, concatenated.
-
-    A list, because with --symmetric both views of an image are queries, and each batch of views has
-    BatchNorm statistics of its own.
-    """
+    """Backbone and projection head: images (N, 3, H, W) -> embeddings (N, C) of length one."""
 
     def __init__(self, backbone, head):
         super().__init__()
         self.backbone = backbone
         self.head = head
 
-    def forward(self, batches):
-        embeddings = []
-        for images in batches:
-            z = self.head(self.backbone(images))
-            embeddings.append(F.normalize(z.float(), dim=1))
-        return torch.cat(embeddings)
+    def forward(self, images):
+        z = self.head(self.backbone(images))
+        return F.normalize(z.float(), dim=1)  # in float32, also where the networks have 16 bits
 
 class SplitBatchNorm(nn.BatchNorm2d):
     """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook). Each part
-    enters the running statistics."""
+    updates the running statistics."""
     splits = 1
-
-    def _check_input_dim(self, x):
-        pass  # maps of the backbone, vectors of the head
 
     def forward(self, x):
         if not self.training:
@@ -80,29 +84,36 @@ class MoCo(nn.Module):
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         for layer in self.encoder_k.modules():
-            if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                layer.__class__ = SplitBatchNorm  # its weights and statistics stay
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.__class__ = SplitBatchNorm  # another forward pass for the same weights
                 layer.splits = splits
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
-        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # where in the queue
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its row in the queue
 
     @torch.no_grad()
     def update_key_encoder(self, m):
-        """f_k <- m f_k + (1 - m) f_q (eq. 2): weights only; BatchNorm's statistics are its own."""
+        """f_k <- m f_k + (1 - m) f_q (He et al. 2020, eq. 2), for weights. BatchNorm's running
+        statistics are the key encoder's own."""
         weights_k = list(self.encoder_k.parameters())
         weights_q = list(self.encoder_q.parameters())
         torch._foreach_lerp_(weights_k, weights_q, 1 - m)  # k.lerp_(q, 1 - m) for all, in one call
 
+    # Shuffling BN (He et al. 2020, section 3.3). A query could recognize its own key by the batch
+    # statistics that both share. So keys meet BatchNorm in another order than queries, in parts.
+
+    @staticmethod
+    def shuffle(order):
+        """The rows of the batch whose keys this process encodes, of a random `order` (B,) of all
+        rows: (B / processes,). It takes the views of these rows, so no image has to travel."""
+        return rows_of_process(order)
+
     @torch.no_grad()
     def encode_keys(self, views, order):
-        """Keys (B, C) of the whole batch from this process's share of views in shuffled `order`.
-
-        Shuffling BN (section 3.3): keys meet BatchNorm in other company than their queries, in
-        parts. Else a query could find its key by the batch statistics that both share.
-        """
-        shuffled = gather(self.encoder_k([views]))
+        """Key views (B / processes, 3, H, W) of the rows shuffle(order) -> all keys (B, C), in the
+        order of the batch."""
+        shuffled = gather(self.encoder_k(views))
         keys = torch.empty_like(shuffled)
-        keys[order] = shuffled  # undo the shuffle
+        keys[order] = shuffled  # undoes the shuffle
         return keys
 
     @torch.no_grad()
@@ -112,365 +123,220 @@ class MoCo(nn.Module):
         self.queue[places % len(self.queue)] = keys
         self.oldest.add_(len(keys)).remainder_(len(self.queue))
 
-def info_nce_plain(q, k, queue, temperature, target=None, more_keys=None, is_own=None):
-    """InfoNCE as a formula: cross-entropy of a softmax over [own key, all keys of the queue].
+def rows_of_process(x):
+    """This process's equal share of the rows of x."""
+    rank, world = rank_world()
+    return x.chunk(world)[rank]
 
-    q, k (N, C), queue (K, C) -> loss (N,), and whether a query's own key is nearer than all others
-    (N,). `target` (N, C) is the mean key under the wanted distribution: k in MoCo (Oord et al.
-    2018). A soft target p over keys u_j adds  log-sum-exp - sum_j p_j q.u_j / T,  and that sum is
-    q.target / T. `more_keys` (M, C) are negatives, too, unless `is_own` (N, M): of one image.
+def info_nce_plain(q, k, queue, temperature):
+    """InfoNCE (Oord et al. 2018) as a formula: which of 1 + K keys is a query's own?
+
+    Queries q and their own keys k (N, C), queue (K, C), all of length one -> the mean cross-entropy
+    of a softmax over [own key, keys of the queue].
     """
-    target = k if target is None else target
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature
-    if more_keys is not None:
-        others = (q @ more_keys.T / temperature).masked_fill(is_own, -math.inf)
-        logits = torch.cat([logits, others], dim=1)
-    loss = logits.logsumexp(1) - (q * target).sum(1) / temperature
-    return loss, logits[:, 0] > logits[:, 1:].amax(1)
+    labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    return F.cross_entropy(logits, labels)
 
-def info_nce(q, k, queue, temperature, target=None, more_keys=None, is_own=None):
-    """The same without the N x (1 + K) logits in memory, in one pass. Only q gets a gradient.
+def info_nce(q, k, queue, temperature):
+    """The same by one call of torch's attention, which never holds the N x K logits. Only q gets a
+    gradient.
 
-    Rows must have length one, and T must be 0.03 or more: see `softmax_over_keys`. The gradient of
-    a log-sum-exp is a mean under the softmax, which is what attention computes. So the forward pass
-    already holds  d loss / d q = (mean key under the softmax - target) / T.
+    The gradient of a log-sum-exp over keys is their mean under the softmax, which is what attention
+    computes with the queue as keys and as values. The own key differs from query to query, so it
+    enters as one more coordinate:
+
+        queries = [q, q.k]     keys = values = [[queue, 0], [0, 1]]
+
+    The last row meets each query with its own q.k. And since keys are the values, the last
+    coordinate of the result is that row's weight p in the softmax:
+
+        result = [sum_j w_j u_j, p]     loss = -log p     dloss/dq = (sum_j w_j u_j + (p - 1) k) / T
     """
+    c = q.shape[1]
     with torch.no_grad():
-        target = k if target is None else target
-        mean, loss, hit = softmax_over_keys(q, k, queue, temperature, more_keys, is_own)
-        loss += (q * (k - target)).sum(1) / temperature  # log-sum-exp - q.k becomes .. - q.target
-        gradient = (mean - target) / temperature
-    carrier = ((q - q.detach()) * gradient).sum(1)  # worth 0, but d carrier / d q = gradient
-    return loss + carrier, hit
+        # eight coordinates more, not one: on a GPU the width must be a multiple of eight
+        queries = F.pad(q, (0, 8))
+        queries[:, c] = (q * k).sum(1)
+        keys = F.pad(queue, (0, 8, 0, 1))
+        keys[-1, c] = 1
+        queries, keys = queries[None, None], keys[None, None]  # one head of one sequence
+        result = F.scaled_dot_product_attention(queries, keys, keys, scale=1 / temperature)[0, 0]
+        p = result[:, c]
+        loss = -p.log()
+        gradient = (result[:, :c] + (p - 1)[:, None] * k) / temperature
+    # q - q.detach() is zero, but its gradient is one: this adds nothing to the loss and `gradient`
+    # to the gradient of q
+    return (loss + ((q - q.detach()) * gradient).sum(1)).mean()
+
+@torch.no_grad()
+def instance_accuracy(q, k, queue):
+    """The share of queries whose own key is nearer than all keys of the queue: of 64, for speed."""
+    own = (q[:64] * k[:64]).sum(1)
+    nearest = (q[:64] @ queue.T).amax(1)
+    return (nearest < own).float().mean()
 
 # ------------------------------------------------------------------------------------- 2. one step
 
 def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
-    """Views, queries, keys, loss, update. `encoder_q` is moco.encoder_q, under torchrun wrapped in
-    DDP; `batch` is what load_batch returns.
+    """One step on the tensors of `load_batch`. `encoder_q` is moco.encoder_q, with several
+    processes wrapped in DDP.
 
-    -> (2,): mean loss, and instance accuracy: the share of queries whose own key is the nearest.
+    -> (2,): the loss and the instance accuracy, each the mean over all processes.
     """
-    query_views, key_views, order = make_views(batch, args)
-    rank, world = rank_world()
-    n = args.batch // world  # images of this process
-
+    query_views, key_views = make_views(batch, args)
     with autocast:
         q = encoder_q(query_views)
-        if args.teacher is None:  # MoCo: update, then encode. A teacher stays as it is
-            moco.update_key_encoder(args.momentum)
-        new_keys = [moco.encode_keys(view, order) for view in key_views]
-    k = torch.cat([keys[rank * n:(rank + 1) * n] for keys in new_keys])
-    new_keys = torch.cat(new_keys)
+        moco.update_key_encoder(args.momentum)
+        keys = moco.encode_keys(key_views, batch["order"])  # of all processes
+    k = rows_of_process(keys)
+    loss = info_nce(q, k, moco.queue, args.temp)
+    accuracy = instance_accuracy(q, k, moco.queue)
 
-    target = more_keys = is_own = None
-    if args.teacher is not None:
-        target = teacher_target(k, moco.queue, args.teacher_temp)
-    if args.in_batch:
-        more_keys = new_keys
-        is_own = is_own_image(len(q), len(new_keys), n, q.device)
-    loss, hit = info_nce(q, k, moco.queue, args.temp, target, more_keys, is_own)
-
-    scaler.scale(loss.mean()).backward()  # scales for float16 alone
+    scaler.scale(loss).backward()  # the scale is one but in float16
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    moco.enqueue(new_keys)
-    return mean_over_processes(torch.stack([loss.detach().mean(), hit.float().mean()]))
+    moco.enqueue(keys)
+    return mean_over_processes(torch.stack([loss.detach(), accuracy]))
+
+def load_batch(images, args, step):
+    """{name: tensor on the device}: pixels, shapes and uniform numbers (data.draw_step) of the
+    images whose queries this process encodes, the same of those whose keys it encodes, and the
+    shuffled order (B,) of the whole batch."""
+    rows, u, order = data.draw_step(len(images), args.batch, args.seed, step)
+    queries = rows_of_process(torch.arange(args.batch))
+    keys = MoCo.shuffle(order)
+    batch = dict(order=to_device(order, images.device))
+    batch["query_pixels"], batch["query_shapes"] = images.get(rows[queries])
+    batch["key_pixels"], batch["key_shapes"] = images.get(rows[keys])
+    batch["query_u"] = to_device(u[0, queries], images.device)
+    batch["key_u"] = to_device(u[1, keys], images.device)
+    return batch
+
+def make_views(batch, args):
+    """-> query views and key views, (B / processes, 3, size, size) each."""
+    flags = augmentation(args)
+    query_views = data.augment(batch["query_pixels"], batch["query_u"], args.size,
+                               shapes=batch["query_shapes"], **flags)
+    if args.weak_keys:  # keys are of views that are cropped and flipped, and no more
+        flags = dict(crop=args.crop, jitter=0, hue=0, gray=0, blur=0)
+    key_views = data.augment(batch["key_pixels"], batch["key_u"], args.size,
+                             shapes=batch["key_shapes"], **flags)
+    return query_views, key_views
+
+def augmentation(args):
+    """The flags that say how views are drawn, by the names of data.augment's arguments."""
+    return dict(crop=args.crop, jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
 
 # ---------------------------------------------------------------------------- 3. the training loop
 
 def main(argv=None):
     args = parse(argv)
-    device = init_device(args.device)  # under torchrun also the process group
-    rank, world = rank_world()
-
-    # images, and the flags that follow from their number
+    device = init_device(args.device)  # with several processes also their group
     train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device)
-    fill_auto(args, len(train), world)
-    check(args, train, world)
-    epoch_steps = len(train) // args.batch
-    steps = args.total_steps
-
-    # networks: from the same seed, every process draws the same weights
     out = Path(args.out or next_free_folder(args))
-    last = None  # the last checkpoint of a run that goes on
-    if args.resume and (out / "last.pt").exists():
-        last = load_file(out / "last.pt")
-    torch.manual_seed(args.seed)
-    moco, untrained = build_networks(args, device, is_new=last is None)
-    encoder_q = DistributedDataParallel(moco.encoder_q) if world > 1 else moco.encoder_q
-    dtype = choose_dtype(args.precision, device, args.arch)
-    # saves a twentieth of a step on a CPU, and reads the rate of a recorded one on the GPU; in
-    # float16, an overflow would stay in the momentum
-    fused = device.type in ("cpu", "cuda") and dtype != torch.float16
-    optimizer = Muon(moco.encoder_q, args.muon, args.lr, args.wd, fused)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    take_step = partial(train_step, moco, encoder_q, optimizer, scaler, autocast, args)
-    # not in float16, where a step asks whether a gradient has overflowed
-    if device.type == "cuda" and world == 1 and dtype != torch.float16:
-        take_step = Recorded(take_step, optimizer, device)
-
-    # where the run is: steps done, an entry per epoch, sums of this epoch's losses and accuracies
-    first, log, sums = 0, [], torch.zeros(2, device=device)
-    if last is not None:
-        first, log, sums = restore(last, moco, optimizer, scaler, device)
+    is_resumed = args.resume and (out / "last.pt").exists()
+    start = None  # the network of --init; a run that goes on has its weights from last.pt
+    if args.init is not None and not is_resumed:
+        start, known = read_checkpoint(args.init, args.arch, args.stem)
+        args.stem = known["stem"]
+    apply_rules(args, len(train))
+    check(args, train)
     args.images = train.fingerprint
-    state = dict(steps_done=first, digest_of_log=zlib.crc32(repr(log).encode()))
-    refuse_differences(vars(args) | dict(out=None) | state)  # a node may call its folder otherwise
-    if last is None:
-        start_run(out, train, args)
-    print0(f"{args.arch} on {world} x {device.type}: {len(train):,} images at {args.size} pixels, "
-           f"steps {first:,} to {steps:,} of {args.batch} images, in {out}")
-    if first == 0:
-        print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while "
-               "real keys take the place of the random ones in the queue; then it should fall.")
-
-    minutes = log[-1]["minutes"] if log else 0.0  # trained before
-    progress = Progress(steps, first)
-    saved = time.time()
-    batches = train.prefetch(partial(load_batch, train, args), range(first, steps))
-    for step, batch in enumerate(batches, first):
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(args, step, epoch_steps)
-        sums += take_step(batch)
-
-        # the rest reads the loss, which waits for the device: only where there is something to do
-        done = step % epoch_steps + 1  # steps of this epoch
-        run_ends = step + 1 == steps
-        epoch_ends = done == epoch_steps or run_ends
-        save_is_due = rank == 0 and (run_ends or time.time() - saved > 60 * args.save_every)
-        if not (epoch_ends or save_is_due or progress.due()):
-            continue
-        loss, accuracy = (sums / done).tolist()
-        stop_if_diverged(loss, step, out, args)
-        epoch = step // epoch_steps + 1
-        seconds = time.time() - progress.started
-        entry = dict(epoch=epoch, step=step + 1, minutes=minutes + seconds / 60, loss=loss,
-                     instance_accuracy=100 * accuracy, lr=float(optimizer.param_groups[0]["lr"]),
-                     images_per_s=(step + 1 - first) * args.batch / seconds)
-        if epoch_ends:
-            if epoch % args.knn_every == 0 or run_ends:
-                entry |= monitor(moco, train, test, args)
-            log.append(entry)
-            sums.zero_()
-        if rank == 0:
-            progress.show(step + 1, in_words(entry))
-            if save_is_due:
-                save_run(out, moco, optimizer, scaler, step + 1, log, sums)
-                saved = time.time()
-
-    report(out, moco.encoder_q.backbone, untrained, train, test, args)
-    if world > 1:
+    lock = contextlib.nullcontext()
+    if rank_world()[0] == 0:
+        lock = locked(out / "lock", wait=False)
+    with lock:
+        moco = pretrain(args, out, is_resumed, start, train, test, device)
+    if dist.is_initialized():
         dist.destroy_process_group()
     return moco
 
-# ------------------------------------ 4. details of the loss: the sum over the queue, soft targets
-
-def softmax_over_keys(q, k, queue, temperature, more_keys=None, is_own=None):
-    """The softmax of q over [k, queue, more_keys], as above -> the mean key under it (N, C);
-    log-sum-exp of the logits minus the own one (N,); is the own key nearer than all others (N,).
-
-    Minus the own logit all is a sum over the queue, and exp needs no running maximum: rows have
-    length one, so no logit is above 2 / T, 67 at T 0.03, and float32 holds 65,536 e^67.
-    """
-    own = (q * k).sum(1) / temperature
-    s, o, top = sums_over_queue(q, queue, 1 / temperature, own)
-    if more_keys is not None:
-        logits = torch.addmm(-own[:, None], q, more_keys.T, alpha=1 / temperature)
-        add_to_sums(s, o, top, logits.masked_fill_(is_own, -math.inf), more_keys)
-    mean = (o + k) / (1 + s)[:, None]  # the own key's weight is exp(0)
-    return mean, s.log1p(), top < 0
-
-def sums_over_queue(q, queue, scale, own):
-    """With w_ij = exp(scale q_i.u_j - own_i) over the keys u_j of the queue (K, C):
-
-    s = sum_j w_ij (N,); o = sum_j w_ij u_j (N, C); the largest logit minus the own one (N,).
-    """
-    if triton is not None and q.is_cuda and q.shape[1] <= 1024:  # wider, it takes much memory
-        return fused_sums(q, queue, scale, own)
-    s = torch.zeros_like(own)
-    o = torch.zeros_like(q)
-    top = torch.full_like(own, -math.inf)
-    for keys in queue.split(max(128, 2 ** 18 // len(q))):  # 1 MB of logits stays in the cache
-        logits = torch.addmm(-own[:, None], q, keys.T, alpha=scale)
-        add_to_sums(s, o, top, logits, keys)
-    return s, o, top
-
-def add_to_sums(s, o, top, logits, keys):
-    """Take keys (M, C) and their logits (N, M) minus the own one into the sums, all in place; the
-    logits are used up."""
-    torch.maximum(top, logits.amax(1), out=top)
-    weights = logits.exp_()
-    s += weights.sum(1)
-    o.addmm_(weights, keys)
-
-triton = None
-if "TRITON_INTERPRET" in os.environ or (
-        torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)):
-    try:
-        import triton
-        import triton.language as tl
-        if "TRITON_INTERPRET" not in os.environ:
-            triton.runtime.driver.active.get_current_target()  # raises without driver or compiler
-    except Exception as error:
-        print0(f"No Triton ({str(error).splitlines()[0]}): InfoNCE in blocks, which is slower")
-        triton = None
-
-if triton is not None:
-    @triton.jit
-    def queue_kernel(q_ptr, queue_ptr, own_ptr, s_ptr, o_ptr, top_ptr, N, K, C, scale,
-                     WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-                     PART: tl.constexpr):
-        # one program: ROWS queries, and a PART of the queue in blocks of KEYS
-        query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        part = tl.program_id(1)
-        column = tl.arange(0, WIDTH)  # C of them exist
-        at = query[:, None] * C + column
-        exists = (query[:, None] < N) & (column < C)
-        q = tl.load(q_ptr + at, mask=exists, other=0.0)
-        own = tl.load(own_ptr + query, mask=query < N, other=0.0)
-        s = tl.zeros([ROWS], tl.float32)
-        o = tl.zeros([ROWS, WIDTH], tl.float32)
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        for begin in range(0, PART, KEYS):
-            key = part * PART + begin + tl.arange(0, KEYS)
-            keys = tl.load(queue_ptr + key[:, None] * C + column,
-                           mask=(key[:, None] < K) & (column < C), other=0.0)
-            logits = tl.dot(q, tl.trans(keys)) * scale - own[:, None]
-            logits = tl.where(key[None, :] < K, logits, float("-inf"))
-            # float16 holds weights up to 65504: here they are relative to the top so far
-            new_top = tl.maximum(top, tl.max(logits, 1))
-            shrink = tl.exp(top - new_top)
-            weights = tl.exp(logits - new_top[:, None])
-            s = s * shrink + tl.sum(weights, 1)
-            o = o * shrink[:, None] + tl.dot(weights.to(keys.dtype), keys)
-            top = new_top
-        s *= tl.exp(top)
-        o *= tl.exp(top)[:, None]
-        # each part has a place of its own: no order of additions is left to chance
-        tl.store(s_ptr + part * N + query, s, mask=query < N)
-        tl.store(top_ptr + part * N + query, top, mask=query < N)
-        tl.store(o_ptr + part * N * C + at, o, mask=exists)
-
-def fused_sums(q, queue, scale, own, part=1024):
-    """sums_over_queue as one Triton kernel: float16 operands, float32 sums."""
-    n, c = q.shape
-    parts = triton.cdiv(len(queue), part)
-    s = own.new_empty(parts, n)
-    top = own.new_empty(parts, n)
-    o = own.new_empty(parts, n, c)
-    width = max(16, triton.next_power_of_2(c))
-    block = max(16, min(64, 8192 // width))  # of queries, and of keys: all must fit on the chip
-    queue_kernel[(triton.cdiv(n, block), parts)](
-        q.half().contiguous(), queue.half(), own, s, o, top, n, len(queue), c, scale,
-        WIDTH=width, ROWS=block, KEYS=block, PART=part)
-    return s.sum(0), o.sum(0), top.amax(0)
-
-def is_own_image(queries, keys, n, device):
-    """Of in-batch negatives: which of a step's keys are of a query's own image (queries, keys)?
-
-    All keys of the queue are older than a query's own key. Where the encoder moves fast, at the
-    start and in short runs, age tells them apart, and the network learns that first. Keys of other
-    images as fresh as the own one (SimCLR, MoCo v3) leave nothing to learn from age.
-    """
-    rank, world = rank_world()
-    image_of_query = rank * n + torch.arange(queries, device=device) % n
-    image_of_key = torch.arange(keys, device=device) % (n * world)
-    return image_of_query[:, None] == image_of_key
-
-def teacher_target(z, queue, temperature):
-    """The mean key under the teacher's softmax over [its embedding z, a queue of such] (SEED)."""
-    return softmax_over_keys(z, z, queue, temperature)[0]
-
-# ------- 5. views: a function of the step, so that a resumed run sees what an undisturbed one sees
-
-def load_batch(images, args, step):
-    """Pixels, shapes and uniform numbers of this process's queries, the same of its share of the
-    shuffled keys, and the shuffled order of the whole batch: seven tensors on the device."""
-    rows, u, order = data.draw_step(len(images), args.batch, args.seed, step)
-    rank, world = rank_world()
-    mine = slice(rank * args.batch // world, (rank + 1) * args.batch // world)
-    queries = *images.get(rows[mine]), to_device(u[:, mine], images.device)
-    shuffled = order[mine]
-    keys = *images.get(rows[shuffled]), to_device(u[:, shuffled], images.device)
-    return *queries, *keys, to_device(order, images.device)
-
-def make_views(batch, args):
-    """-> query views, key views (lists of image batches), and the order of the latter."""
-    queries, keys, order = batch[:3], batch[3:6], batch[6]
-    numbers = [(0, 1), (1, 0)] if args.symmetric else [(0, 1)]  # both views change roles
-    if args.teacher is not None:  # the teacher sees the very view that the student sees
-        numbers = [(query, query) for query, _ in numbers]
-    query_views = [make_view(queries, query, args) for query, _ in numbers]
-    key_views = [make_view(keys, key, args, args.weak_keys) for _, key in numbers]
-    return query_views, key_views, order
-
-def make_view(batch, i, args, is_weak=False):
-    """View 0 or 1 of a batch; a weak one is cropped and flipped alone."""
-    pixels, shapes, u = batch
-    colors = dict(jitter=0, hue=0, gray=0, blur=0) if is_weak else {}
-    return data.augment(pixels, u[i], args.size, shapes=shapes, **augmentation(args) | colors)
-
-def augmentation(args):
-    return dict(crop=args.crop, jitter=args.jitter, hue=args.hue, gray=args.gray, blur=args.blur)
-
-def save_views(images, args, path):
-    """A grid: eight images (top) and two views of each, as the network sees them."""
-    n = min(8, len(images))
-    rows, u, _ = data.draw_step(len(images), n, args.seed, 0)
-    pixels, shapes = images.get(rows)
-    batch = pixels, shapes, to_device(u, images.device)
-    original = data.center(pixels, args.size, shapes)
-    key_views = make_view(batch, 1, args, args.weak_keys)
-    views = torch.cat([original, make_view(batch, 0, args), key_views]).cpu()
-    views = views * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
-    views = F.interpolate(views, scale_factor=max(1, 96 // args.size))
-    grid = torch.cat([torch.cat(list(row), dim=2) for row in views.split(n)], dim=1)
-    grid = (255 * grid).round().clamp(0, 255).byte()
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(path)
-
-# ------------------------------------------------------------------------------------- 6. networks
-
-def build_networks(args, device, is_new):
-    """MoCo, and the backbone as it was drawn, on the device. A run that goes on (not `is_new`) has
-    its weights from last.pt, and reads no other file."""
+def pretrain(args, out, is_resumed, start, train, test, device):
+    """Train, save, report -> the trained MoCo. All flags in `args` have values; `start` is the
+    network of --init or None."""
+    # from the same seed, every process draws the same weights
+    torch.manual_seed(args.seed % 2 ** 63)
     backbone = models.build(args.arch, args.stem)
     untrained = to_evaluate(copy.deepcopy(backbone), device)  # for the report
     if args.zero_init:
         models.start_as_identity(backbone)
-    if args.init is not None and is_new:
-        backbone.load_state_dict(read_checkpoint(args.init, args.arch, args.stem)[0].state_dict())
-    head = models.make_head(args.head, backbone.dim, args.dim, args.head_norm)
-    encoder = Encoder(backbone, head)
+    if start is not None:
+        backbone.load_state_dict(start.state_dict())
+    encoder = Encoder(backbone, models.make_head(args.head, backbone.dim, args.dim))
     moco = MoCo(encoder, args.dim, args.queue, args.bn_splits // rank_world()[1])
-    if args.teacher is not None:
-        moco.encoder_k = build_teacher(args, is_new).eval().requires_grad_(False)
     moco.to(device, memory_format=data.layout(device))
     if device.type == "cpu":
         models.speed_up_small_maps(moco)
-    return moco, untrained
+    dtype = choose_dtype(args.precision, device, args.arch)
+    # A fused step saves a twentieth of the time on a CPU, and leaves the rate on the device. In
+    # float16, where a step that overflows is skipped, its momentum would keep the overflow.
+    fused = device.type in ("cpu", "cuda") and dtype != torch.float16
+    optimizer = Muon(moco.encoder_q, args.lr, args.muon, args.wd, fused)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-def build_teacher(args, is_new):
-    """SEED (Fang et al. 2021) is MoCo whose key encoder is a trained network that stays as it is,
-    sees the query's own view, and says how much each key of the queue resembles it."""
-    if is_new:
-        backbone, known = read_checkpoint(args.teacher, args.teacher_arch)
-        head, args.teacher_head = read_head(args.teacher)
-        args.teacher_arch, args.teacher_stem = known["arch"], known["stem"]
-    else:
-        backbone = models.build(args.teacher_arch, args.teacher_stem)
-        head = models.perceptron(*args.teacher_head)
-    width = ([backbone.dim] + args.teacher_head[0])[-1]
-    if width != args.dim:
-        raise InputError(f"--teacher {args.teacher}: embeds in {width} dimensions; "
-                         f"give --dim {width}")
-    return Encoder(backbone, head)
+    first, log = 0, []  # steps done, an entry an epoch
+    if is_resumed:
+        first, log = restore(out / "last.pt", moco, optimizer, scaler)
+    refuse_differences(args, moco, first, dtype)  # from here on, processes wait for each other
+    if not is_resumed and rank_world()[0] == 0:
+        save(out / "args.json", json.dumps(vars(args), indent=1))
+        save_views(train, args, out / "views.png")
+    print0(f"{out}: {args.arch} on {device.type}, {len(train):,} images at {args.size} pixels, "
+           f"steps {first:,} to {args.steps:,}")
+    if first == 0:
+        print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while "
+               "real keys take the place of the random ones in the queue; then it should fall.")
+
+    move_to_device(train, test)
+    encoder_q = moco.encoder_q
+    if dist.is_initialized():
+        encoder_q = DistributedDataParallel(moco.encoder_q)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    take_step = partial(train_step, moco, encoder_q, optimizer, scaler, autocast, args)
+    if device.type == "cuda" and not dist.is_initialized() and dtype != torch.float16:
+        take_step = Recorded(take_step)  # a step in float16 must ask whether it has overflowed
+    minutes = log[-1]["minutes"] if log else 0.0  # trained before
+    progress = Progress(args.steps, first)
+    epoch_length = epoch_steps(args, len(train))
+    sums = torch.zeros(2, device=device)  # of loss and accuracy in this epoch
+    batches = train.prefetch(partial(load_batch, train, args), range(first, args.steps))
+    for step, batch in enumerate(batches, first):
+        optimizer.scale_rates(schedule(args, step, epoch_length))
+        sums += take_step(batch)
+
+        epoch, done = divmod(step, epoch_length)
+        run_ends = step + 1 == args.steps
+        epoch_ends = run_ends or done + 1 == epoch_length
+        if not (epoch_ends or progress.due()):
+            continue  # what follows reads the loss, so it waits for the device
+        loss, accuracy = (sums / (done + 1)).tolist()
+        seconds = time.monotonic() - progress.started
+        entry = dict(epoch=epoch + 1, step=step + 1, minutes=minutes + seconds / 60, loss=loss,
+                     instance_accuracy=100 * accuracy, lr=optimizer.param_groups[0]["lr"].item(),
+                     images_per_s=(step + 1 - first) * args.batch / seconds)
+        if epoch_ends:
+            stop_if_diverged(loss, moco, step, args)
+            if run_ends or (epoch + 1) % args.knn_every == 0:
+                share_buffers(moco.encoder_q)
+                entry |= measure(moco.encoder_q.backbone.eval(), train, test, args)
+                moco.encoder_q.train()
+            log.append(entry)
+            sums.zero_()
+            if run_ends or (epoch + 1) % args.save_every == 0:
+                save_run(out, moco, optimizer, scaler, step + 1, log)
+        progress.show(step + 1, in_words(entry))
+
+    report(out, moco.encoder_q.backbone, untrained, train, test, args)
+    return moco
+
+# --------------------------------------------------------------------------- 4. networks, optimizer
 
 def choose_dtype(precision, device, arch):
-    """auto: on GPUs bfloat16, or float16 where they lack it (T4); on CPUs that have bfloat16 that
-    for ResNets (depthwise convolutions are slower in it there); else float32."""
+    """The type in which the networks compute. auto: on a GPU bfloat16, or float16 if it has none
+    (T4); on a CPU that has bfloat16 that for ResNets, since depthwise convolutions are slower in it
+    there; else float32."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
@@ -479,59 +345,62 @@ def choose_dtype(precision, device, arch):
     has_it = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if has_it and arch.startswith("resnet") else torch.float32
 
-# ----------------------------------------------------------- 7. the optimizer, a step on a GPU
-
 class Muon(torch.optim.SGD):
-    """SGD with momentum; with a rate `muon` > 0, dense convolutions that BatchNorm follows move by
-    orthogonal matrices (Jordan et al. 2024), but not the first one.
+    """SGD with momentum; with `muon` > 0, weights of dense convolutions between BatchNorms move by
+    orthogonal matrices at that rate instead (Jordan et al. 2024).
 
     A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
-    moves a layer equally far in all: the features that few images ask for are learned as soon.
-    Weights that move so decay by a tenth of the rate, whatever `wd` is.
+    moves a layer equally far in all, and features that few images ask for are learned as soon.
+    Weights that move so decay by a tenth of their rate, whatever `wd` is. The learning rates are
+    tensors on the device, so a recorded step reads what `scale_rates` has written.
     """
 
-    def __init__(self, net, muon, lr, wd, fused):
+    def __init__(self, net, lr, muon, wd, fused=False):
         convolutions = []
         for layer in net.modules():
-            if muon > 0 and isinstance(layer, nn.Conv2d) and layer.bias is None:
-                if layer.groups == 1 and layer.in_channels > 3:
-                    convolutions.append(layer.weight)
+            is_dense = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.bias is None
+            if muon > 0 and is_dense and layer.in_channels > 3:  # not the first one, on colors
+                convolutions.append(layer.weight)
         chosen = set(convolutions)
         others = [w for w in net.parameters() if w not in chosen]
-        groups = [dict(params=others, peak_lr=lr)]
-        if convolutions:
-            groups.append(dict(params=convolutions, peak_lr=muon))
+        groups = [dict(params=others, peak_lr=lr), dict(params=convolutions, peak_lr=muon)]
         super().__init__(groups, lr, 0.9, weight_decay=wd, fused=fused)
+        for group in self.param_groups:
+            group["lr"] = torch.tensor(float(group["peak_lr"]), device=others[0].device)
+        for w in convolutions:
+            self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+
+    def scale_rates(self, factor):
+        """Set each group's rate to `factor` times its peak."""
+        for group in self.param_groups:
+            group["lr"].fill_(factor * group["peak_lr"])
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups[1:]:
-            # a tensor, as where a step is recorded, and made without waiting for the device
-            rate = group["lr"] * torch.ones((), device=group["params"][0].device)
-            for w in group["params"]:
-                if "momentum_buffer" not in self.state[w]:
-                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-                momentum = self.state[w]["momentum_buffer"].mul_(0.95).add_(w.grad)
-                g = w.grad.add(momentum, alpha=0.95).flatten(1)  # a row for each output channel
-                move = orthogonal(g) * max(1, len(g) / g.shape[1]) ** 0.5
-                w.mul_(1 - 0.1 * group["lr"]).addcmul_(move.view_as(w), rate, value=-1)
-                w.grad = None  # done
+        group = self.param_groups[1]
+        for w in group["params"]:
+            momentum = self.state[w]["momentum_buffer"].mul_(0.95).add_(w.grad)
+            g = w.grad.add(momentum, alpha=0.95).flatten(1)  # Nesterov's; a row for each output
+            move = orthogonal(g) * max(1, len(g) / g.shape[1]) ** 0.5
+            w.mul_(1 - 0.1 * group["lr"]).addcmul_(move.view_as(w), group["lr"], value=-1)
+            w.grad = None  # so that SGD's step leaves w as it is
         super().step()
 
 def orthogonal(g):
-    """U V^T of a matrix g = U S V^T, but for singular values of 0.7 to 1.2.
+    """U V^T of a matrix g = U S V^T, nearly: most of its singular values are 0.7 to 1.2.
 
     Five of Jordan's Newton-Schulz steps  x <- p(a) x,  a = x x^T,  p(a) = 3.4445 - 4.775 a +
-    2.0315 a^2.  All a and p(a) commute, so the steps are taken on the small square a alone.
+    2.0315 a^2.  All a and p(a) commute, so the steps are taken on the small square a, and x is
+    multiplied once. That takes a fifth to two thirds of the time of the usual loop.
     """
     if len(g) > g.shape[1]:
         return orthogonal(g.T).T
     x = g / g.norm().clamp(min=1e-12)
     a = x @ x.T
-    product = one = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    for step in range(5):
-        if step > 0:
-            a = p @ a @ p  # x x^T of the x after the last step
+    one = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    p = product = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
+    for _ in range(4):
+        a = p @ a @ p  # x x^T of the x after that step
         p = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
         product = p @ product
     return product @ x
@@ -539,29 +408,25 @@ def orthogonal(g):
 class Recorded:
     """A step on a GPU, recorded once as a CUDA graph, then replayed on other numbers in the same
     places. A step is thousands of small kernels: of ResNet-18 and 512 images an H200 runs them in
-    20 ms, but Python takes 39 to 54 to launch them one by one."""
+    20 ms, but Python takes 39 to 54 ms to launch them one by one."""
+    usual = 3  # steps before the recording, in which libraries choose their kernels
 
-    def __init__(self, take_step, optimizer, device):
+    def __init__(self, take_step):
         self.take_step = take_step
-        self.groups = optimizer.param_groups
-        self.rates = [torch.zeros((), device=device) for _ in self.groups]
         self.batch = self.graph = None
-        self.usual = 3  # steps first, in which libraries choose their kernels
 
     def __call__(self, batch):
         if self.batch is None:
-            self.batch = [x.clone() for x in batch]
-        for place, x in zip(self.batch, batch):
-            place.copy_(x)
-        for group, rate in zip(self.groups, self.rates):
-            group["lr"] = rate.fill_(group["lr"])
+            self.batch = {name: x.clone() for name, x in batch.items()}
+        for name, x in batch.items():
+            self.batch[name].copy_(x)
         if self.usual > 0:
             self.usual -= 1
-            side = torch.cuda.Stream()  # as PyTorch's notes on CUDA graphs ask for
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            stream = torch.cuda.Stream()  # as PyTorch's notes on CUDA graphs ask for
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
                 result = self.take_step(self.batch)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(stream)
             return result
         if self.graph is None:
             gc.collect()  # CUDA refuses to free another graph while one is recorded
@@ -572,43 +437,43 @@ class Recorded:
         self.graph.replay()
         return self.result
 
-# --------------------------------------------------------------------------- 8. monitor and report
+def schedule(args, step, epoch_length):
+    """The learning rates as a share of their peaks: a linear warm-up times half a cosine."""
+    warmup = min(1, (step + 1) / max(1, args.warmup * epoch_length))
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / args.steps))
 
-def monitor(moco, train, test, args):
-    """What `judge` says of the backbone while it trains: {measure: %}."""
-    share_buffers(moco.encoder_q)
-    moco.encoder_q.eval()
-    measures = judge(moco.encoder_q.backbone, train, test, args.size, **augmentation(args))
-    moco.encoder_q.train()
-    return measures
+# --------------------------------------------------------------------------- 5. monitor and report
+
+def measure(network, train, test, args, with_probe=False):
+    """{name: %}: kNN (and linear) accuracy on held-out images; without labels, how many images are
+    found first by another view of themselves."""
+    if test is None:
+        return dict(found=found(network, train, args.size, **augmentation(args)))
+    return judge(network, train, test, args.size, with_probe)
 
 def report(out, learned, untrained, train, test, args):
-    """What the features are worth, beside those of random weights and beside raw pixels."""
+    """Print what the features are worth, and what random weights and raw pixels are worth."""
     networks = {"learned": learned.eval(), "random weights": untrained, "raw pixels": Pixels()}
     print0("")
     for name, network in networks.items():
-        measures = judge(network, train, test, args.size, with_probe=True, **augmentation(args))
-        if name == "learned":
-            names = [key.replace("knn", "kNN") + " %" for key in measures]
-            print0("features        " + "".join(f"{key:>12}" for key in names))
-        print0(f"{name:<16}" + "".join(f"{value:>12.2f}" for value in measures.values()))
+        print0(f"{name:<16}{in_words(measure(network, train, test, args, with_probe=True))}")
     if test is None:
-        print0("(found: so many images are found first by another view of themselves)")
+        print0("(found: % of images that are found first by another view of themselves)")
     else:
-        print0(f"({len(test):,} held-out images, {len(train.classes)} classes)\n\n"
+        print0(f"(% of {len(test):,} held-out images, {len(train.classes)} classes)\n\n"
                f"python linear_eval.py {out}       # more numbers")
     print0(f"python analyze.py {out} random    # a map of the images, and the feature space\n"
            f"{out}/backbone.pt is the network, with torchvision's names; views.png, what it saw")
 
-# --------------------------------------------------------------------------- 9. the run's folder
-
-def in_words(entry):
-    """An entry of the log as a line."""
+def in_words(numbers):
+    """{name: number} as a line."""
     words = []
-    for key, value in entry.items():
+    for name, value in numbers.items():
         shown = value if isinstance(value, int) else f"{value:.4g}"
-        words.append(f"{key.replace('_', ' ')} {shown}")
-    return "  ".join(words)
+        words.append(f"{name.replace('_', ' ')} {shown}")
+    return "   ".join(words)
+
+# --------------------------------------------------------------------------- 6. the run's folder
 
 def next_free_folder(args):
     """runs/DATA-ARCH-1, or the first number that is not taken."""
@@ -617,270 +482,291 @@ def next_free_folder(args):
         i += 1
     return path
 
-def restore(last, moco, optimizer, scaler, device):
-    """-> steps done, log, sums of the epoch so far."""
-    fused = optimizer.param_groups[0]["fused"]
-    try:
-        moco.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        step, log, sums = last["step"], last["log"], last["sums"].to(device)
-    except (RuntimeError, LookupError, TypeError, ValueError):
-        raise InputError("last.pt: not of the run that args.json beside it describes") from None
-    for group in optimizer.param_groups:
-        group["fused"] = fused  # the device may be another one
-    return step, log, sums
+def save_views(images, args, path):
+    """A grid: eight images (top) and two views of each, as the network sees them."""
+    from torchvision.utils import save_image
+    batch = load_batch(images, args, step=0)
+    batch |= dict(key_pixels=batch["query_pixels"], key_shapes=batch["query_shapes"])  # unshuffled
+    rows = [data.center(batch["query_pixels"], args.size, batch["query_shapes"])]
+    rows += make_views(batch, args)
+    views = torch.cat([row[:8].cpu() for row in rows])
+    views = views * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
+    views = F.interpolate(views, scale_factor=max(1, 96 // args.size))
+    save_image(views, path, nrow=len(rows[0][:8]), padding=0)
 
-def refuse_differences(facts):
-    """End all processes with one line unless they hold the same facts, {what: value}."""
-    if not dist.is_initialized():
-        return
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, facts)
-    for what in facts:
-        for rank, other in enumerate(everyone):
-            if other[what] != everyone[0][what]:
-                raise InputError(
-                    f"{what}: process 0 has {everyone[0][what]}, process {rank} has {other[what]}; "
-                    "give all nodes the same flags, images and folder of the run")
-
-def start_run(out, train, args):
-    """args.json: the flags; views.png: what the network sees."""
-    if rank_world()[0] > 0:
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    if not (args.resume and (out / "args.json").exists()):
-        try:
-            with open(out / "args.json", "x") as file:  # of two runs that begin at once, one can
-                file.write(json.dumps(vars(args), indent=1))
-        except FileExistsError:
-            raise holds_a_run(out) from None
-    save_views(train, args, out / "views.png")
-
-def holds_a_run(out):
-    return InputError(f"--out {out}: holds a run already; go on with it (--resume), or name "
-                      "another folder")
-
-def save_run(out, moco, optimizer, scaler, step, log, sums):
+def save_run(out, moco, optimizer, scaler, step, log):
     """backbone.pt: the network; log.jsonl: an object an epoch; last.pt: all that --resume needs.
 
-    last.pt comes last: killed before it is renamed, a run goes on from the one before.
+    last.pt comes last: a run that is killed before goes on from the last.pt that was there.
     """
+    if rank_world()[0] > 0:
+        return
     backbone = {k: v.cpu().contiguous() for k, v in moco.encoder_q.backbone.state_dict().items()}
     save(out / "backbone.pt", backbone)
     save(out / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
-    save(out / "last.pt", dict(
-        model=moco.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-        step=step, log=log, sums=sums))
+    save(out / "last.pt", dict(model=moco.state_dict(), optimizer=optimizer.state_dict(),
+                               scaler=scaler.state_dict(), step=step, log=log))
 
-def stop_if_diverged(loss, step, out, args):
-    """End a run whose loss is no number, before it overwrites its last good checkpoint."""
-    if not math.isfinite(loss):
+def restore(path, moco, optimizer, scaler):
+    """Load a last.pt -> the steps done and the log."""
+    last = load_file(path)
+    groups = [dict(lr=group["lr"], fused=group["fused"]) for group in optimizer.param_groups]
+    try:
+        moco.load_state_dict(last["model"])
+        optimizer.load_state_dict(last["optimizer"])
+        if last["scaler"]:  # empty, if the run had no float16 before
+            scaler.load_state_dict(last["scaler"])
+        step, log = int(last["step"]), list(last["log"])
+    except Exception:  # whatever else a file may hold
+        raise InputError(f"{path}: not of the run that args.json beside it describes") from None
+    for group, kept in zip(optimizer.param_groups, groups):
+        group.update(kept)  # rates on this device, which a recorded step reads
+    return step, log
+
+def refuse_differences(args, moco, first, dtype):
+    """End all processes with one line unless they start from the same."""
+    if not dist.is_initialized():
+        return
+    weights = 0
+    for w in moco.state_dict().values():
+        weights = zlib.crc32(w.cpu().contiguous().numpy().tobytes(), weights)
+    facts = vars(args) | dict(steps_done=first, dtype=str(dtype), weights=weights)
+    facts |= dict(out="", data="", root="")  # a node may call its folders otherwise
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    for what in facts:
+        values = [facts.get(what) for facts in everyone]
+        if values.count(values[0]) < len(values):
+            raise InputError(f"{what}: the processes have {values}; give all nodes the same flags, "
+                             "images and run")
+
+def stop_if_diverged(loss, moco, step, args):
+    """End a run whose loss or weights are no numbers, before they overwrite its checkpoint."""
+    weights = moco.encoder_q.state_dict().values()
+    if not (math.isfinite(loss) and all(w.isfinite().all() for w in weights)):
         raise InputError(
-            f"the loss is {loss} at step {step + 1}, or soon before: the weights have grown "
-            f"without bound; lower --lr (now {args.lr:g}), raise --temp or add --warmup; "
-            f"{out}/last.pt is from before, if there is one")
+            f"the loss is {loss:g} at step {step + 1}, and weights have grown without bound; lower "
+            f"--lr (now {args.lr:g}) or --muon, raise --temp, or add --warmup; last.pt in the "
+            "run's folder is from before")
 
-# ------------------------------------------------------------------------- 10. schedules and flags
+# ------------------------------------------------------------------------- 7. rules, flags, recipes
+#
+# A rule picks the value of an open flag from the flags above it and from the number n of images.
+# Its docstring is what --help says of it.
 
-def schedule(args, step, epoch_steps):
-    """Of the learning rates: a linear warm-up times half a cosine, from one down to zero."""
-    warmup = 1.0
-    if args.warmup > 0:
-        warmup = min(1, (step + 1) / (args.warmup * epoch_steps))
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / args.total_steps))
+def epoch_steps(args, n):
+    """Steps of an epoch; the last incomplete batch is dropped."""
+    return max(1, n // args.batch)
 
-# MoCo v2 (Chen et al. 2020); `quick` is a MoCo, too, for minutes to hours: keys of weak views cost
-# nothing and say more, the others make the start fast. What it leaves open, fill_auto picks.
-MOCO_V2 = dict(temp=0.2, muon=0.0, wd=1e-4, head_norm=False, weak_keys=False, in_batch=False,
-               zero_init=False, stem="imagenet", warmup=0.0, crop=[0.2, 1.0])
-RECIPES = {
-    "quick": dict(temp=0.1, muon=0.02, wd=5e-4, head_norm=True, zero_init=True),
-    "moco-v2": MOCO_V2,
-    "small": MOCO_V2 | dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi 2022
-}
+def pick_batch(args, n):
+    """1/80 of the images, 64 to 256"""
+    world = rank_world()[1]
+    batch = max(2 * world, 4, power_of_two(min(256, max(64, n // 80), n // 4)))
+    return math.ceil(batch / world) * world
 
-def parse(argv):
-    """Flags. In brackets: the default, or the rule in fill_auto that picks it; where there are two,
-    that of the recipe `quick` and MoCo v2's."""
-    parser = Parser(__doc__)
-    switch = argparse.BooleanOptionalAction
-    temperature = partial(number, 0.03, 99, float)  # see softmax_over_keys
+def pick_epochs(args, n):
+    """75,000 images of 32 pixels, 10 to 200 epochs"""
+    if args.steps is not None:
+        return math.ceil(args.steps / epoch_steps(args, n))
+    return max(10, min(200, 2_400_000 // args.size // n))
 
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default="letters", help="letters, cifar10, cifar100, stl10, or a folder")
-    add("--root", default="data", help="folder of downloaded and decoded data sets [data]")
-    add("--size", type=side, help="of a view [the images' own, at most 224, on a CPU 64]")
-    add("--keep", type=side, help="of a stored image [its own, from --size to 1.5 --size]")
+def pick_steps(args, n):
+    """by --epochs"""
+    return args.epochs * epoch_steps(args, n)
 
-    add = parser.add_argument_group("network").add_argument
-    add("--arch", default="mobilenetv3", choices=list(models.ARCHS), help="[mobilenetv3]")
-    add("--stem", choices=models.STEMS, help="[small from 5,000 steps on, up to 64 pixels; "
-        "MoCo: imagenet]")
-    add("--head", default="simple", help="linear, simple, wide (Shi 2022), deep, a width [simple]")
-    add("--head-norm", action=switch, help="BatchNorm in the head (SimCLR) [on; MoCo: off]")
-    add("--dim", type=count, default=128, help="width C of the embedding [128]")
-    add("--init", help="start from the backbone of this checkpoint [random weights]")
-    add("--zero-init", action=switch, help="blocks start as the identity (Goyal 2017) [on; MoCo: "
-        "off]")
+def pick_stem(args, n):
+    """small from 5,000 steps on, up to 64 pixels"""
+    # its larger maps take several times as long, and pay in long runs
+    return "imagenet" if args.steps < 5_000 or args.size > 64 else "small"
 
-    add = parser.add_argument_group("contrast").add_argument
-    add("--temp", type=temperature, help="temperature T [0.1, as Shi 2022; MoCo: 0.2]")
-    add("--momentum", type=share, help="m of the key encoder [1 - 200 / steps, 0.8 to 0.999]")
-    add("--queue", type=count, help="keys K [a tenth of the images, none staler than MoCo's]")
-    add("--in-batch", action=switch, help="negatives from the step (SimCLR) [on; MoCo: off]")
-    add("--weak-keys", action=switch, help="keys of crops without colors (Wang 2022) [on; MoCo: "
-        "off]")
-    add("--bn-splits", type=count, help="parts of the keys for BatchNorm [8, of 64 images or more]")
-    add("--symmetric", action="store_true", help="both views are query and key (MoCo v3)")
-    add("--teacher", help="distill this checkpoint (SEED, Fang 2021); --init then starts a MoCo "
-        "from the result")
-    add("--teacher-arch", choices=list(models.ARCHS), help="[as its args.json says]")
-    add("--teacher-temp", type=partial(number, 0.003, 99, float), default=0.01, help="[0.01]")
+def pick_quick_lr(args, n):
+    """0.8 T for 256 images"""
+    # a loss with 1 / T in it has gradients with 1 / T in them
+    return round(0.8 * args.temp * args.batch / 256, 5)
 
-    add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", type=share, nargs=2, metavar=("LO", "HI"), help="range of its area [0.2 1, in "
-        "runs under 2,000 steps up to 0.35 1, from 10,000 on 0.08 1; MoCo: 0.2 1]")
-    add("--jitter", type=factor, default=0.4, help="of brightness, contrast, saturation [0.4]")
-    add("--hue", type=factor, default=0.1, help="jitter in turns [0.1]")
-    add("--gray", type=share, default=0.2, help="probability of grayscale [0.2]")
-    add("--blur", type=share, default=0.5, help="probability of Gaussian blur [0.5]")
+def pick_lr(args, n):
+    """0.03 for 256 images"""
+    return round(0.03 * args.batch / 256, 5)
 
-    add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=count, help="passes over the images [75,000 of 32 pixels, 10 or more]")
-    add("--steps", type=count, help="length of the run in steps, instead of --epochs")
-    add("--batch", type=count, help="images a step, over all processes [1/80 of all, 64 to 256]")
-    add("--lr", type=factor, help="of SGD [0.8 T for 256 images; MoCo: 0.03]")
-    add("--muon", type=share, help="rate of convolutions with Muon (Jordan 2024) [0.02; MoCo: 0, "
-        "which is SGD]")
-    add("--wd", type=share, help="weight decay [5e-4; MoCo: 1e-4]")
-    add("--warmup", type=factor, help="in epochs, linear [2, or a seventh of all; MoCo: 0]")
+def pick_warmup(args, n):
+    """2, or a seventh of the run"""
+    # a network that outruns its keys has no time to recover
+    return round(min(2, args.steps / epoch_steps(args, n) / 7), 4)
 
-    add = parser.add_argument_group("run").add_argument
-    add("--recipe", default="quick", choices=list(RECIPES), help="values of flags above [quick]")
-    add("--out", help="folder of the run [runs/DATA-ARCH-N]")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--save-every", type=factor, default=1, help="minutes between checkpoints [1]")
-    add("--knn-every", type=count, help="epochs between looks at held-out images [1/5 of the run]")
-    add("--seed", type=int, default=0, help="of weights, order and views [0]")
-    add("--device", default="auto", help="cuda, cuda:1, mps or cpu [the first there is]")
-    add("--precision", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the networks [on GPUs bfloat16, or float16; for ResNets bfloat16 on CPUs that "
-        "have it; else float32]")
+def pick_crop(args, n):
+    """0.2 1, in runs under 2,000 steps up to 0.35 1, from 10,000 on 0.08 1"""
+    # Two small crops have little in common, which takes long to learn. In long runs two larger ones
+    # are told from all others by their layout, and teach no more.
+    lowest = 0.08 if args.steps >= 10_000 else min(0.35, max(0.2, 400 / args.steps))
+    return [round(lowest, 3), 1.0]
 
-    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe])  # what is typed overrides them
-    args = parser.parse_args(argv)
-    untyped = argparse.Namespace(**dict.fromkeys(vars(args)))
-    return flags_of_the_run(args, vars(parser.parse_args(argv, untyped)))
+def pick_momentum(args, n):
+    """1 - 200 / steps, 0.8 to 0.999"""
+    # in a short run a slow key encoder would never catch up. This gives 0.99 at the length of
+    # MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs
+    return round(min(0.999, max(0.8, 1 - 200 / args.steps)), 4)
 
-def flags_of_the_run(args, typed):
-    """A run that goes on keeps its flags; only where and how it runs may be typed anew."""
-    if args.out is None:
-        if args.resume:
-            raise InputError("--resume: name the run's folder with --out")
-        return args
-    file = Path(args.out) / "args.json"
-    if not file.is_file():
-        if (Path(args.out) / "last.pt").exists():
-            raise InputError(f"--out {args.out}: holds last.pt, but not the run's args.json")
-        return args
-    if not args.resume:
-        raise holds_a_run(args.out)
-    saved = read_json(file)
-    if not vars(args).keys() <= saved.keys():
-        raise InputError(f"{file}: of another version, without "
-                         f"{min(vars(args).keys() - saved.keys())}; begin another run")
-    for name, value in typed.items():
-        if value is None or name in ("out", "resume"):
-            continue
-        if name in ("device", "save_every", "knn_every"):
-            saved[name] = value
-        elif value != saved[name]:
-            raise InputError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
-                             f"{saved[name]}; leave the flag out, or begin another run")
-    return argparse.Namespace(**(saved | dict(out=args.out, resume=True)))
+def pick_queue(args, n):
+    """a tenth of the images, and no keys staler than MoCo's"""
+    # MoCo's queue spans 256 steps, in which f_k moves by 256 (1 - m) = 0.256. With an eighth of the
+    # images or less, fewer than 1 % of the queries meet a key of their own image, from the end of
+    # the epoch before.
+    spanned = round(0.256 / max(1e-6, 1 - args.momentum), 3)
+    longest = power_of_two(min(65536, n // 10, spanned * args.batch))
+    return max(args.batch, min(max(2 * args.batch, longest), n // 8))
 
-def fill_auto(args, n, world):
-    """Flags left open, from the number n of images. Each rule may use the flags above it."""
-    open_flags = [name for name, value in vars(args).items() if value is None]
-    if args.batch is None:
-        args.batch = power_of_two(min(256, max(64, n // 80), n // 4))
-        args.batch = math.ceil(max(4, args.batch) / world) * world
-    if args.epochs is None and args.steps is None:
-        args.epochs = max(10, min(200, 2_400_000 // args.size // n))
-    epoch_steps = max(1, n // args.batch)
-    args.total_steps = args.steps or args.epochs * epoch_steps
-    if args.stem is None:  # larger maps take several times as long, and pay in long runs
-        args.stem = "imagenet" if args.total_steps < 5_000 or args.size > 64 else "small"
-    for name in ("in_batch", "weak_keys"):
-        if name in open_flags:  # SEED has the queue alone, and the same view for both
-            setattr(args, name, args.teacher is None)
-    if args.lr is None:  # a loss with 1 / T in it has gradients with 1 / T in them
-        peak = 0.8 * args.temp if args.recipe == "quick" else 0.03
-        args.lr = round(peak * args.batch / 256, 5)
-    if args.warmup is None:  # a network that outruns its keys has no time to recover
-        args.warmup = round(min(2, args.total_steps / epoch_steps / 7), 2)
-    if args.crop is None:  # two small crops have little in common, which takes long to learn; in
-        # long runs two larger ones are told from all others by their layout, and teach no more
-        is_long = args.total_steps >= 10_000
-        lowest = 0.08 if is_long else min(0.35, max(0.2, 400 / args.total_steps))
-        args.crop = [round(lowest, 3), 1.0]
-    if args.momentum is None:  # in a short run a slow key encoder would never catch up. This gives
-        # 0.99 at the length of MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs
-        args.momentum = round(min(0.999, max(0.8, 1 - 200 / args.total_steps)), 4)
-    if args.queue is None:
-        # MoCo's queue spans 256 steps, in which f_k moves by 256 (1 - m) = 0.256; staler keys are
-        # told from new ones. With an eighth of the images or less, fewer than 1 % of the queries
-        # meet a key of their own image, from the end of the epoch before
-        keys = 2 * args.batch if args.symmetric else args.batch
-        spanned = round(0.256 / max(1e-6, 1 - args.momentum), 3)
-        longest = power_of_two(min(65536, n // 10, spanned * args.batch))
-        args.queue = max(keys, min(max(2 * keys, longest), n // 8))
-    if args.bn_splits is None:  # MoCo's 8, but parts of at least 64 images, and at least 2 parts
-        most = max(2, world, min(8, args.batch // 64))
-        fitting = [i for i in range(world, most + 1, world) if args.batch % i == 0]
-        args.bn_splits = max(fitting, default=world)
-    if args.knn_every is None:
-        args.knn_every = max(1, args.total_steps // epoch_steps // 5)
-    values = {name: getattr(args, name) for name in open_flags}
-    picked = ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
-    print0(f"--recipe {args.recipe}, for {n:,} images: {picked}")
+def pick_bn_splits(args, n):
+    """8 of at least 64 images, and at least 2"""
+    world = rank_world()[1]
+    splits = min(8, args.batch // 2, max(2, args.batch // 64))
+    splits = max(1, splits // world) * world  # as many on each process
+    while args.batch % splits != 0:
+        splits -= world
+    return splits
+
+def pick_save_every(args, n):
+    """1/50 of the run"""
+    return max(1, args.epochs // 50)
+
+def pick_knn_every(args, n):
+    """1/5 of the run"""
+    return max(1, args.epochs // 5)
 
 def power_of_two(n):
     """The largest one up to n."""
     return 2 ** int(math.log2(max(1, n)))
 
-def check(args, images, world):
+TEXT = dict()
+WHOLE = dict(type=positive)
+SHARE = dict(type=share)
+NUMBER = dict(type=float)
+SWITCH = dict(action=argparse.BooleanOptionalAction)
+
+FLAGS = [  # name, kind, MoCo v2's value or the rule that picks it, help
+    ("data", TEXT, "letters", "letters, cifar10, cifar100, stl10, or a folder"),
+    ("root", TEXT, "data", "folder of downloaded and decoded data sets"),
+    ("size", WHOLE, None, "side of a view [the images' own, at most 224, on a CPU 64]"),
+    ("keep", WHOLE, None, "side of a stored image [its own, from --size to 1.5 --size]"),
+    ("arch", dict(choices=list(models.ARCHS)), "mobilenetv3", "the backbone"),
+    ("head", dict(choices=models.HEADS), "simple", "the projection head"),
+    ("dim", WHOLE, 128, "width C of the embedding"),
+    ("init", TEXT, None, "start from the backbone of this checkpoint [random weights]"),
+    ("zero_init", SWITCH, False, "blocks start as the identity (Goyal 2017)"),
+    ("batch", WHOLE, pick_batch, "images a step, over all processes"),
+    ("epochs", WHOLE, pick_epochs, "passes over the images"),
+    ("steps", WHOLE, pick_steps, "length of the run in steps, instead of --epochs"),
+    ("stem", dict(choices=models.STEMS), "imagenet", "first layers of the backbone"),
+    ("temp", NUMBER, 0.2, "temperature T"),
+    ("momentum", SHARE, pick_momentum, "m of the key encoder"),
+    ("queue", WHOLE, pick_queue, "number K of keys"),
+    ("bn_splits", WHOLE, pick_bn_splits, "parts of the keys for BatchNorm"),
+    ("weak_keys", SWITCH, False, "keys are of views without color changes and blur (Wang 2022)"),
+    ("crop", dict(type=share, nargs=2), [0.2, 1.0], "smallest and largest area of a crop"),
+    ("jitter", NUMBER, 0.4, "of brightness, contrast and saturation"),
+    ("hue", SHARE, 0.1, "jitter of hue, in turns"),
+    ("gray", SHARE, 0.2, "probability of grayscale"),
+    ("blur", SHARE, 0.5, "probability of Gaussian blur"),
+    ("lr", SHARE, pick_lr, "learning rate of SGD"),
+    ("muon", SHARE, 0.0, "learning rate of convolutions with Muon (Jordan 2024); 0: SGD"),
+    ("wd", SHARE, 1e-4, "weight decay"),
+    ("warmup", NUMBER, 0.0, "linear, in epochs"),
+    ("save_every", WHOLE, pick_save_every, "epochs between checkpoints"),
+    ("knn_every", WHOLE, pick_knn_every, "epochs between looks at held-out images"),
+    ("seed", dict(type=int), 0, "of weights, order and views"),
+    ("device", TEXT, "auto", "cuda, cuda:1, mps or cpu; auto is the first there is"),
+    ("precision", dict(choices=("auto", "float32", "bfloat16", "float16")), "auto",
+     "of the networks; auto is bfloat16 or float16 on a GPU, bfloat16 for ResNets on a CPU that "
+     "has it, else float32"),
+]
+
+MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020
+
+RECIPES = {  # the first one is the default
+    # for minutes to hours: weak keys cost nothing and say more, the others make the start fast
+    "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=0.02, wd=5e-4,
+                            stem=pick_stem, crop=pick_crop, lr=pick_quick_lr, warmup=pick_warmup),
+    "moco-v2": MOCO_V2,
+    "small": MOCO_V2 | dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi 2022
+}
+
+def parse(argv):
+    """The flags typed, those of the run that goes on, and the recipe's values. What rules pick is
+    still None."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    recipes = list(RECIPES)
+    parser.add_argument("--recipe", choices=recipes, help=f"of values below [{recipes[0]}]")
+    parser.add_argument("--out", help="folder of the run [runs/DATA-ARCH-N]")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for name, kind, _, text in FLAGS:
+        value = RECIPES[recipes[0]][name]
+        if callable(value):
+            value = value.__doc__
+        if value is not None:
+            text += f" [{value}]"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **kind)
+    args = parser.parse_args(argv)  # what is not typed is None
+    if args.steps is not None and args.epochs is not None:
+        raise InputError("--steps, --epochs: give one of the two")
+    args = flags_of_the_run(args)
+    args.recipe = args.recipe or recipes[0]
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None and not callable(value):
+            setattr(args, name, value)
+    return args
+
+def apply_rules(args, n):
+    """Let the recipe's rules pick the flags that are still open, for n images."""
+    picked = []
+    for name, rule in RECIPES[args.recipe].items():
+        if getattr(args, name) is None and callable(rule):
+            setattr(args, name, rule(args, n))
+            picked.append(f"{name} {getattr(args, name)}")
+    if picked:
+        print0(f"--recipe {args.recipe}, for {n:,} images: {', '.join(picked)}")
+
+def flags_of_the_run(args):
+    """A run that goes on keeps its flags; only where and how it runs may be typed anew."""
+    if args.resume and args.out is None:
+        raise InputError("--resume: name the run's folder with --out")
+    if args.out is None or not (Path(args.out) / "args.json").is_file():
+        return args
+    if not args.resume:
+        raise InputError(f"--out {args.out}: holds a run; go on with it (--resume), or name "
+                         "another folder")
+    saved = read_json(Path(args.out) / "args.json")
+    for name, value in vars(args).items():
+        if name in ("out", "resume", "data", "root", "device", "precision", "save_every",
+                    "knn_every"):
+            saved[name] = value or saved.get(name)
+        elif value not in (None, saved.get(name)):
+            raise InputError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "
+                             f"{saved.get(name)}; leave the flag out, or begin another run")
+    return argparse.Namespace(**(vars(args) | saved))
+
+def check(args, images):
     """Refuse what cannot work, in one line that says how to fix it."""
     n = len(images)
-    keys = 2 * args.batch if args.symmetric else args.batch
-    splits = args.bn_splits
+    world = rank_world()[1]
     if getattr(args, "images", images.fingerprint) != images.fingerprint:
         raise InputError(f"--data {args.data}: the run in {args.out} began with other images; put "
                          "them back, or begin another run (--init takes its weights)")
-    if n < 5:
-        raise InputError(f"--data {args.data}: too few images to learn from ({n}); add some")
-    if args.batch > n:
-        raise InputError(f"--batch {args.batch}: there are only {n} images; lower it")
-    if args.batch % world != 0:
-        raise InputError(f"--batch {args.batch}: must be a multiple of the {world} processes")
-    if not keys <= args.queue <= n:
-        raise InputError(f"--queue {args.queue}: must be at least the {keys} keys of a step, and "
-                         f"at most the {n} images")
-    if splits < 1 or args.batch % splits != 0 or splits % world != 0 or args.batch < 2 * splits:
-        raise InputError(f"--bn-splits {splits}: must divide --batch {args.batch} into parts of 2 "
-                         f"or more, the same number on each of {world} processes")
-    if args.head not in models.HEADS and not (args.head.isdigit() and int(args.head) > 0):
-        raise InputError(f"--head {args.head}: choose from {', '.join(models.HEADS)}, or a width")
-    if args.teacher is not None and (args.in_batch or args.weak_keys):
-        raise InputError("--teacher: takes neither --in-batch nor --weak-keys")
-    if args.crop[0] > args.crop[1]:
-        raise InputError(f"--crop {args.crop[0]:g} {args.crop[1]:g}: LO must be at most HI")
+    if n < max(5, 2 * world):
+        raise InputError(f"--data {args.data}: {n} images are too few to learn from; add some")
+    splits = args.bn_splits
+    rules = [  # flag, whether it can work, what it must be
+        ("batch", 2 * world <= args.batch <= n and args.batch % world == 0,
+         f"from {2 * world} to the {n} images there are, and a multiple of {world} processes"),
+        ("queue", args.batch <= args.queue <= n,
+         f"from the {args.batch} keys of a step to the {n} images there are"),
+        ("bn_splits", splits % world == args.batch % splits == 0 and 2 * splits <= args.batch,
+         f"a multiple of {world} processes, and cut --batch {args.batch} into parts of 2 or more"),
+        ("crop", args.crop[0] <= args.crop[1], "the smaller area, then the larger one"),
+        # below that, float32 could not hold the weight of an own key in the softmax
+        ("temp", 0.03 <= args.temp < math.inf, "0.03 or more")]
+    for name, can_work, wanted in rules:
+        if not can_work:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {wanted}")
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:  # OSError: a folder or disk that cannot be written
-        sys.exit(f"pretrain.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("\npretrain.py: stopped; go on with --out FOLDER --resume")
+    run(main)

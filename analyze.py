@@ -42,7 +42,7 @@ def instance_discrimination(query, positive, others, top=5):
     positive, so that a collapsed space has 0 %, not 100 %.
     """
     q, p, r = unit(query), unit(positive), unit(others)
-    own = (q * p).sum(1) - 1e-6  # rounding must not decide a tie
+    own = (q * p).sum(1) - 1e-5  # rounding must not decide a tie
     nearer = []
     for i in range(0, len(q), 1000):
         similarity = q[i:i + 1000] @ r.T

@@ -574,6 +574,10 @@ def pick_steps(args, n):
     """by --epochs"""
     return args.epochs * epoch_steps(args, n)
 
+def pick_imagenet_stem(args, n):
+    """imagenet"""
+    return "imagenet"  # by a rule, since --init brings a stem of its own
+
 def pick_stem(args, n):
     """small from 5,000 steps on, up to 64 pixels"""
     # its larger maps take several times as long, and pay in long runs
@@ -655,7 +659,7 @@ FLAGS = [  # name, kind, MoCo v2's value or the rule that picks it, help
     ("batch", WHOLE, pick_batch, "images a step, over all processes"),
     ("epochs", WHOLE, pick_epochs, "passes over the images"),
     ("steps", WHOLE, pick_steps, "length of the run in steps, instead of --epochs"),
-    ("stem", dict(choices=models.STEMS), "imagenet", "first layers of the backbone"),
+    ("stem", dict(choices=models.STEMS), pick_imagenet_stem, "first layers of the backbone"),
     ("temp", NUMBER, 0.2, "temperature T"),
     ("momentum", SHARE, pick_momentum, "m of the key encoder"),
     ("queue", WHOLE, pick_queue, "number K of keys"),

@@ -10,16 +10,15 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import runpy
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from unittest.mock import MagicMock, patch
 
@@ -35,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.transforms import RandomResizedCrop
 
 import analyze
 import data
@@ -116,16 +116,13 @@ def look(*argv):
 def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
-def flags_of(folder):
-    return json.loads((folder / "args.json").read_text())
-
 # new processes are forked from one that has imported all this, and do not wait for torch to load
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["test_smoke"])
 
 def processes(world, function, *args):
     """What function(*args) returns in each of the `world` processes of a group, which are started
-    as torchrun starts them; where it raises InputError, the error's text."""
+    as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -146,23 +143,24 @@ def be_process(rank, world, port, results, function, args):
                  MASTER_PORT=port)
     os.environ.update({name: str(value) for name, value in names.items()})
     be_quick()
-    try:
-        result = function(*args)
-    except InputError as error:
-        result = str(error)
-    results.put((rank, result))
+    results.put((rank, function(*args)))
 
-class NoBatchNorm(torch.nn.Module):
-    """A network without BatchNorm, whose statistics of small batches would amplify rounding."""
+class Tiny(torch.nn.Sequential):
+    """A network that is fast: images (N, 3, H, W) -> features (N, 8)."""
+    dim = 8
 
-    def __init__(self, small):
-        super().__init__()
-        self.dim = 8
-        self.net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 5, 2), torch.nn.ReLU(),
-                                       torch.nn.Flatten(), torch.nn.Linear(8 * 14 * 14, 8))
+    def __init__(self, small=False, norm=torch.nn.BatchNorm2d):
+        super().__init__(torch.nn.Conv2d(3, 8, 5, 2), torch.nn.Conv2d(8, 8, 3, bias=False),
+                         norm(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+                         torch.nn.Flatten())
 
-    def forward(self, x):
-        return self.net(x)
+# the statistics of small batches would amplify rounding
+NoBatchNorm = partial(Tiny, norm=torch.nn.Identity)
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The network in SMALL is Tiny where it does not matter which it is."""
+    monkeypatch.setitem(models.ARCHS, "mobilenetv3_small", Tiny)
 
 # -------------------------------------------------------------------------------------- models.py
 
@@ -192,8 +190,8 @@ def test_network_is_torchvisions(arch):
     assert list(net.state_dict()) == list(ref.state_dict())
     net.load_state_dict(ref.state_dict())
     models.speed_up_small_maps(net)
-    for is_training in (False, True):
-        x = rand(4, 3, 40, 40, dtype=torch.float64).requires_grad_()
+    for side, is_training in ((32, False), (32, True), (40, True)):  # maps end as 1x1 or 2x2
+        x = rand(4, 3, side, side, dtype=torch.float64).requires_grad_()
         y = x.detach().clone().requires_grad_()
         a = ref.train(is_training)(x)
         b = net.train(is_training)(y)
@@ -202,29 +200,8 @@ def test_network_is_torchvisions(arch):
         assert b.shape == (4, net.dim)
         assert (a - b).abs().max() <= 1e-9 * a.abs().max()
         for p, q in zip((x, *ref.parameters()), (y, *net.parameters())):
-            assert (p.grad - q.grad).norm() <= 1e-7 * p.grad.norm() + 1e-12
+            assert (p.grad - q.grad).norm() <= 1e-7 * p.grad.norm() + 1e-9
             p.grad = q.grad = None
-
-@pytest.mark.parametrize("groups", [1, 6])
-def test_convolutions_of_small_maps_are_torchs(groups):
-    for h, k, s in itertools.product((1, 2, 3, 4), (1, 3, 5), (1, 2)):
-        conv = torch.nn.Conv2d(6, 6, k, s, k // 2, groups=groups, bias=groups == 1).double()
-        models.speed_up_small_maps(conv)
-        assert type(conv) is not torch.nn.Conv2d
-        x = rand(5, 6, h, h, dtype=torch.float64).requires_grad_()
-        expected = F.conv2d(x, conv.weight, conv.bias, s, k // 2, groups=groups)
-        pairs = []
-        for y in (conv(x), expected):
-            pairs.append((y, *torch.autograd.grad(y.pow(2).sum(), [x, *conv.parameters()])))
-        assert_close(*pairs)
-
-def test_other_convolutions_are_left_alone():
-    for flags in (dict(kernel_size=(3, 1), padding=(1, 0)), dict(stride=(1, 2)), dict(dilation=2),
-                  dict(padding_mode="reflect"), dict(groups=2), dict(groups=6, bias=True),
-                  dict(kernel_size=2), dict(padding=0)):
-        conv = torch.nn.Conv2d(6, 6, **dict(kernel_size=3, padding=1, bias=False) | flags)
-        models.speed_up_small_maps(conv)
-        assert type(conv) is torch.nn.Conv2d, flags
 
 @pytest.mark.parametrize("arch", TORCHVISION)
 def test_blocks_start_as_the_identity(arch):
@@ -260,11 +237,9 @@ def test_heads(kind, widths):
     assert [m.out_features for m in head if isinstance(m, torch.nn.Linear)] == widths
     assert isinstance(head[-1], torch.nn.Linear)
 
-def test_models_alone_in_a_folder_build_every_network(tmp_path):
-    shutil.copy(HERE / "models.py", tmp_path)
-    code = "import models, torch\nwith torch.device('meta'):\n"
-    code += "    for arch in models.ARCHS: models.build(arch, 'small')"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+def test_models_needs_torch_alone():
+    modules = re.findall(r"^ *(?:from|import) (\w+)", (HERE / "models.py").read_text(), re.M)
+    assert set(modules) == {"math", "functools", "torch"}
 
 # ---------------------------------------------------------------------------------------- data.py
 
@@ -286,8 +261,6 @@ def test_resampling_is_torchs_antialiased_crop(box):
     ours = rows @ image @ columns.mT
     expected = TF.resized_crop(image, *box, [24, 24], antialias=True)
     assert (ours - expected).abs().max() < 0.02
-    flipped = data.resampling(left, w, 70, 24, flip=torch.tensor([True]))
-    assert_close(rows @ image @ flipped.mT, ours.flip(-1), atol=1e-3, rtol=0)
 
 def test_no_row_of_a_fractional_box_is_empty():
     begin = 40 * rand(2000)
@@ -324,8 +297,7 @@ def test_color_is_torchvisions():
     assert_close(jitter(image, saturation=0.0), gray, atol=2e-3, rtol=0)
     turned = jitter(image, hue=0.2)
     assert_close(TF.rgb_to_grayscale(turned), gray[:1], atol=2e-3, rtol=0)
-    assert not torch.allclose(turned, image, atol=0.05)
-    assert_close(jitter(image, hue=1.0), image)  # a whole turn is none
+    assert_close(jitter(turned, hue=0.8), image)  # a whole turn is none
 
 def test_augment_joins_its_parts():
     images = torch.stack([photo(40, 40, seed=i) for i in range(3)])
@@ -344,68 +316,53 @@ def test_augment_joins_its_parts():
         sigma = (0.1 + 1.9 * u[i, data.SIGMA].item()) * 24 / 224
         y = normalize(TF.gaussian_blur(y, [9, 9], [sigma, sigma]))
         assert (ours[i] - y)[:, 2:-2, 2:-2].abs().max() < 0.05
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert data.layout(torch.device("mps")) == torch.contiguous_format
 
 def one_crop(u, height, width, scale):
-    """torchvision's RandomResizedCrop.get_params, with given uniform numbers."""
-    for area, ratio in zip(u[:10], u[10:20]):
-        target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
-        aspect = math.exp((2 * ratio - 1) * math.log(4 / 3))
-        w = round(math.sqrt(target * aspect))
-        h = round(math.sqrt(target / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return [int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w]
-    w = min(width, round(height * 4 / 3))
-    h = min(height, round(width * 4 / 3))
-    return [(height - h) // 2, (width - w) // 2, h, w]
+    """torchvision's RandomResizedCrop, which is given its uniform numbers."""
+    uniform = iter(torch.stack([u[data.AREA], u[data.RATIO]], 1).flatten())
+    place = iter(u[[data.TOP, data.LEFT]])
+    scaled = lambda x, low, high: x.fill_(low + (high - low) * next(uniform))
+    with patch.object(torch.Tensor, "uniform_", scaled):
+        with patch.object(torch, "randint", lambda low, high, size: (next(place) * high).int()):
+            image = torch.empty(1, height, width)
+            return RandomResizedCrop.get_params(image, scale, [3 / 4, 4 / 3])
 
 @pytest.mark.parametrize("height,width", [(32, 32), (100, 40), (10, 400), (1, 1)])
 def test_crop_boxes_are_torchvisions(height, width):
     u = rand(200, data.COLUMNS)
     one = torch.ones(200)
     ours = data.crop_boxes(u, height * one, width * one, (0.2, 1)).int().tolist()
-    expected = [one_crop(row, height, width, (0.2, 1)) for row in u.tolist()]
+    expected = [list(one_crop(row, height, width, (0.2, 1))) for row in u]
     assert sum(map(list.__ne__, ours, expected)) <= 2  # float32 may round a half the other way
 
 def test_the_draws_of_a_step_are_a_function_of_seed_and_step():
     steps = [data.draw_step(50, 8, 3, step) for step in range(6)]
-    rows = torch.cat([rows for rows, _, _ in steps])
-    assert len(rows.unique()) == 48
-    assert not torch.equal(rows[:8], data.draw_step(50, 8, 4, 0)[0])
-    for _, _, order in steps:
-        assert order.sort()[0].tolist() == list(range(8))
+    assert len(torch.cat([rows for rows, _, _ in steps]).unique()) == 48
+    assert not torch.equal(steps[0][0], data.draw_step(50, 8, 4, 0)[0])
+    assert all(order.sort()[0].tolist() == list(range(8)) for _, _, order in steps)
     assert_close(steps[5], data.draw_step(50, 8, 3, 5), rtol=0, atol=0)
     assert not torch.equal(steps[4][1], steps[5][1])
 
 def test_letters():
     pixels, labels, names = data.letters(128, 0)
     assert pixels.shape == (128, 3, 32, 32) and labels.bincount().tolist() == [2] * len(names)
-    assert torch.equal(pixels, data.letters(128, 0)[0])
-    assert not torch.equal(pixels, data.letters(128, 1)[0])
-    assert pixels[:, 1].float().std((1, 2)).min() > 3  # no page is empty
+    same, another = data.letters(128, 0)[0], data.letters(128, 1)[0]
+    assert torch.equal(pixels, same) and not torch.equal(pixels, another)
 
 def load(folder, root, size=None, keep=None):
     return data.load(str(folder), str(root), size, keep)
 
-@pytest.mark.parametrize("name,mode", [
-    ("rgb.png", None), ("palette.png", "P"), ("cmyk.tif", "CMYK"), ("gray.png", "L"),
-    ("deep.png", "I;16")])
-def test_every_kind_of_picture_becomes_rgb(name, mode, tmp_path):
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
     image = picture(24, 24)
-    expected = np.asarray(image)
-    if mode == "P":
-        image = image.quantize(256)
-    elif mode == "CMYK":
-        image = image.convert(mode)
-    elif mode is not None:
-        gray = np.asarray(image.convert("L"))
-        expected = gray[..., None]
-        image = Image.fromarray(gray if mode == "L" else gray.astype(np.uint16) * 257)
-    image.save(tmp_path / name)
-    pixels, height, width = data.decode(tmp_path / name, 24)
-    assert (height, width) == (24, 24)
-    assert np.abs(pixels.transpose(1, 2, 0) - expected.astype(int)).mean() < 4
+    gray = image.convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    for name, saved, expected in (
+            ("palette.png", image.quantize(256), image), ("cmyk.tif", image.convert("CMYK"), image),
+            ("deep.png", deep, gray)):
+        saved.save(tmp_path / name)
+        pixels, _, _ = data.decode(tmp_path / name, 24)
+        error = pixels - TF.pil_to_tensor(expected).numpy().astype(int)
+        assert np.abs(error).mean() < 4, name
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -427,9 +384,6 @@ def test_no_image_is_handed_to_another_program(tmp_path, monkeypatch):
     (tmp_path / "evil.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
     assert data.decode(tmp_path / "evil.jpg", 24) is None
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(OSError):
-        Image.open(tmp_path / "evil.jpg").load()
-    assert (tmp_path / "ran").exists()  # the attack is real
 
 def test_folders(tmp_path, capsys):
     make_folder(tmp_path / "split/train")
@@ -437,9 +391,7 @@ def test_folders(tmp_path, capsys):
     (tmp_path / "split/val").mkdir()  # empty: test/ counts
     strange = tmp_path / "split/train/a"
     (strange / "html.jpg").write_text("<html>")
-    (strange / "notes.txt").write_text("hello")
     (strange / "torn.jpg").write_bytes((strange / "7 é.jpg").read_bytes()[:300])
-    (strange / "zero.png").touch()
     Image.new("1", (30000, 30000)).save(strange / "bomb.png")  # 100 kB that would be 2.7 GB
     picture(9, 9).save(os.fsencode(strange) + b"/no text \xff.png", "png")
     picture(9, 9).save(tmp_path / "split/train/loose.png")
@@ -447,21 +399,13 @@ def test_folders(tmp_path, capsys):
     (tmp_path / "split/train/runs/args.json").touch()
     data.init_device("cpu")  # then names that are no text can be printed
     train, test, size = load(tmp_path / "split", tmp_path)
-    assert (len(train), len(test), size) == (25, 6, 32)
+    assert (len(test), size) == (6, 32)
     assert train.classes == ["a", "b c", "ü"]
     assert train.labels.bincount().tolist() == [9, 8, 8]
     printed = capsys.readouterr().out
-    assert "4 unreadable" in printed
+    assert "3 unreadable" in printed
     for name in ("html.jpg", "torn.jpg", "bomb.png", "loose.png", "runs"):
         assert name in printed
-    make_folder(tmp_path / "large", classes=(".",), side=100, per=1)
-    assert load(tmp_path / "large", tmp_path)[2] == 64
-    make_folder(tmp_path / "nested/deep/er", classes=("x",))
-    train, test, _ = load(tmp_path / "nested", tmp_path)
-    assert len(train) == 8 and test is None and (train.labels == -1).all()
-    make_folder(tmp_path / "split/test", classes=("zebra",))
-    with pytest.raises(InputError, match="zebra"):
-        load(tmp_path / "split", tmp_path)
 
 def test_a_class_may_be_called_train(tmp_path):
     make_folder(tmp_path / "images", classes=("bus", "car", "train"), per=30, side=8)
@@ -485,21 +429,15 @@ def test_what_is_held_out_depends_on_the_names_of_class_and_file_alone(tmp_path)
     make_folder(tmp_path / "images/train", classes="ab", per=100, side=8)
     train, test, _ = load(tmp_path / "images", tmp_path)
     assert 10 <= len(test) <= 30 and len(train) + len(test) == 200
-    assert torch.equal(load(tmp_path / "images/train", tmp_path)[1].pixels, test.pixels)
     (tmp_path / "images/train").rename(tmp_path / "renamed")
+    assert torch.equal(load(tmp_path / "renamed", tmp_path)[1].pixels, test.pixels)
     picture(8, 8).save(tmp_path / "renamed/a/new.jpg")
-    train_2, test_2, _ = load(tmp_path / "renamed", tmp_path)
-    assert len(train_2) + len(test_2) == 201
-    old = {image.numpy().tobytes() for image in test.pixels}
-    assert len(old - {image.numpy().tobytes() for image in test_2.pixels}) == 0
+    assert len(load(tmp_path / "renamed", tmp_path)[1]) - len(test) in (0, 1)
 
-def test_a_small_class_keeps_a_training_image_and_labels_are_used(tmp_path, capsys):
-    make_folder(tmp_path / "images", classes=map(str, range(40)), per=2, side=8)
-    train, test, _ = load(tmp_path / "images", tmp_path)
-    assert train.labels.unique().tolist() == list(range(40)) and len(test) > 0
-    make_folder(tmp_path / "few", classes="ab", per=3, side=8)
-    train, test, _ = load(tmp_path / "few", tmp_path)
-    assert test is not None or "held" in capsys.readouterr().out
+def test_small_classes_have_images_on_both_sides(tmp_path):
+    make_folder(tmp_path / "images", classes=map(str, range(20)), per=2, side=8)
+    for images in load(tmp_path / "images", tmp_path)[:2]:
+        assert images.labels.tolist() == list(range(20))
 
 def test_views_of_the_decoded_folder_are_crops_of_the_original(tmp_path):
     (tmp_path / "images").mkdir()
@@ -511,39 +449,48 @@ def test_views_of_the_decoded_folder_are_crops_of_the_original(tmp_path):
     u = rand(4, data.COLUMNS, seed=5)
     pixels, sides = images.get(torch.arange(4))
     views = data.augment(pixels, u, 112, (0.2, 1), 0, 0, 0, 0, sides)
-    squares = data.center(pixels, 112, sides)
     boxes = data.crop_boxes(u, *sides.T, (0.2, 1)).int().tolist()
     for i, box in enumerate(boxes):
-        original = TF.pil_to_tensor(Image.open(tmp_path / f"images/{i}.png")) / 255
+        original = photo(*shapes[i], seed=i) / 255
         crop = TF.resized_crop(original, *box, [112, 112], antialias=True)
         if u[i, data.FLIP] < 0.5:
             crop = TF.hflip(crop)
-        square = TF.resize(TF.center_crop(original, min(shapes[i])), [112, 112], antialias=True)
-        for view, expected in ((views[i], crop), (squares[i], square)):
-            error = (view - normalize(expected)) * torch.tensor(data.STD)[:, None, None]
-            assert -10 * math.log10(error.square().mean()) > 35  # PSNR
+        error = (views[i] - normalize(crop)) * torch.tensor(data.STD)[:, None, None]
+        assert -10 * math.log10(error.square().mean()) > 35  # PSNR
 
 def test_a_folder_is_decoded_again_when_it_changes(tmp_path, monkeypatch, capsys):
     make_folder(tmp_path / "flat", classes=(".",), per=5)
-    before = load(tmp_path / "flat", tmp_path)[0]
-    for files, change in (
-            (1, lambda: None),
-            (2, lambda: picture(32, 32, seed=9).save(tmp_path / "flat/0 é.jpg", quality=30)),
-            (3, lambda: picture(32, 32, seed=9).save(tmp_path / "flat/more.jpg"))):
-        change()
-        after = load(tmp_path / "flat", tmp_path)[0]
-        assert len(list(tmp_path.glob("decoded/*.pixels"))) == files
-        assert (after.fingerprint == before.fingerprint) == (files == 1)
-    pixels = after.pixels.clone()
-    for size in (0, 1000):  # a file that was cut off
-        for file in tmp_path.glob("decoded/*.pixels"):
-            os.truncate(file, size)
-        assert torch.equal(load(tmp_path / "flat", tmp_path)[0].pixels, pixels)
+    images = [load(tmp_path / "flat", tmp_path)[0]]
+    for name in ("0 é.jpg", "more.jpg"):  # another image of that name, a new one
+        picture(32, 32, seed=9).save(tmp_path / "flat" / name, quality=30)
+        images.append(load(tmp_path / "flat", tmp_path)[0])
+    assert [len(x) for x in images] == [5, 5, 6]
+    assert len({x.fingerprint for x in images}) == 3
+    expected = images[-1].pixels.clone()
+    for file in tmp_path.glob("decoded/*.pixels"):
+        os.truncate(file, 1000)
+    assert torch.equal(load(tmp_path / "flat", tmp_path)[0].pixels, expected)
     capsys.readouterr()
     monkeypatch.setattr(Path, "mkdir", None)  # a folder once decoded may be read-only
     monkeypatch.chdir(tmp_path)
     assert len(load("flat", ".")[0]) == 6
     assert "decoded" not in capsys.readouterr().out
+
+def test_large_images_are_decoded_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGE", 100)
+    picture(20, 20).save(tmp_path / "large.png")
+    as_rgb = data.as_rgb
+    running = []
+
+    def slow(image):
+        running.append(image)
+        time.sleep(0.02)
+        assert running.pop() is image and not running
+        return as_rgb(image)
+
+    monkeypatch.setattr(data, "as_rgb", slow)
+    with ThreadPool(4) as pool:
+        assert None not in pool.map(partial(data.decode, side=8), 4 * [tmp_path / "large.png"])
 
 def decode_slowly(folder, root):
     decode = data.decode
@@ -568,27 +515,18 @@ def test_killed_while_decoding_and_two_at_once(tmp_path):
     assert len(printed) == 2 and printed[0] == printed[1] and printed[0].startswith("20 ")
     assert len(list(tmp_path.glob("decoded/*.pixels"))) == 1
 
-def test_a_lock_ends_with_its_holder(tmp_path):
-    with data.locked(tmp_path / "folder/lock"):
-        with pytest.raises((BlockingIOError, InputError)):
-            with data.locked(tmp_path / "folder/lock", wait=False):
-                pass
-    with data.locked(tmp_path / "folder/lock", wait=False):
-        pass
-
 def test_torchvisions_data_sets(tmp_path, monkeypatch):
     pixels = (rand(4, 32, 32, 3) * 255).byte().numpy()
 
     class CIFAR10:
-        data, targets, classes = pixels, [3, 1, 4, 1], ["a", "b", "c", "d", "e"]
+        data, targets, classes = pixels, [3, 1, 4, 1], "abcde"
 
         def __init__(self, root, train, download):
             assert download
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
     train, test, size = data.load("cifar10", str(tmp_path))
-    assert size == 32 and train.classes == CIFAR10.classes
-    assert test.labels.tolist() == [3, 1, 4, 1]
+    assert size == 32 and test.labels.tolist() == [3, 1, 4, 1]
     assert torch.equal(train.pixels, torch.from_numpy(pixels).permute(0, 3, 1, 2))
 
 def test_a_file_that_is_written_is_never_seen_half_done(tmp_path, monkeypatch):
@@ -608,10 +546,6 @@ def test_a_file_that_is_written_is_never_seen_half_done(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", slow_save)
     data.save(file, 3)
-    assert data.load_file(file) == 3
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        data.save(file, 4)
     assert data.load_file(file) == 3 and os.listdir(tmp_path) == ["last.pt"]
 
 def full_disk(*args):
@@ -671,28 +605,21 @@ def test_instance_accuracy():
     expected = [(x @ key > (queue @ x).max()).item() for x, key in zip(q, k)]
     assert 0 < sum(expected) < 64
     assert pretrain.instance_accuracy(q, k, queue) == pytest.approx(np.mean(expected))
-    one = torch.eye(4)
-    assert pretrain.instance_accuracy(one, one, one) == 0  # a tie is no hit
 
 def tiny_moco(queue=10, splits=1):
     torch.manual_seed(0)
-    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, bias=False),
-                                   torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
-                                   torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    encoder = pretrain.Encoder(backbone, torch.nn.Linear(8, 4))
+    encoder = pretrain.Encoder(Tiny(), torch.nn.Linear(8, 4))
     return pretrain.MoCo(encoder, 4, queue, splits)
 
 def test_momentum_update_and_queue():
     moco = tiny_moco(queue=10)
     old = copy.deepcopy(moco.encoder_k.state_dict())
-    with torch.no_grad():
-        for x in moco.encoder_q.state_dict().values():
-            x.add_(1)
+    for x in moco.encoder_q.state_dict().values():
+        x += 1
     moco.update_key_encoder(0.9)
-    queries = dict(moco.encoder_q.named_parameters())
-    for name, x in moco.encoder_k.state_dict().items():
-        share = 0.1 if name in queries else 0  # running statistics are the key encoder's own
-        assert_close(x, old[name] + (share if share else 0), msg=name)
+    for x in moco.encoder_k.parameters():
+        x -= 0.1
+    assert_close(moco.encoder_k.state_dict(), old)  # BatchNorm's statistics are its own
     history = []
     for step in range(9):  # 10 is no multiple of 4: wraps around in the middle of a batch
         keys = unit(4, 4, seed=step).float()
@@ -702,7 +629,7 @@ def test_momentum_update_and_queue():
             assert sorted(moco.queue.tolist()) == sorted(history[-10:])
 
 def test_keys_are_normalized_in_shuffled_parts_and_come_back_in_order():
-    x = rand(8, 3, 9, 9)
+    x = rand(8, 3, 16, 16)
     order = torch.tensor([5, 2, 7, 0, 1, 6, 3, 4])
     encoder = tiny_moco().encoder_q.train()
     expected = torch.empty(8, 4)
@@ -739,8 +666,8 @@ def test_a_step_is_what_the_readme_says(keys, flat, tmp_path, monkeypatch):
 def test_schedule():
     args = pretrain.parse(["--warmup", "2", "--steps", "100"])
     rates = [pretrain.schedule(args, step, 10) for step in range(100)]
-    assert rates[0] == pytest.approx(1 / 20) and max(rates) == rates[19]
-    assert rates[50] == pytest.approx(0.5) and rates[-1] < 0.001
+    assert max(rates) == rates[19] and rates[-1] < 0.001
+    assert [rates[0], rates[50]] == pytest.approx([1 / 20, 0.5])
 
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (6, 6), (3, 40)])
 def test_orthogonal_is_a_polynomial_of_the_singular_values(shape):
@@ -750,10 +677,7 @@ def test_orthogonal_is_a_polynomial_of_the_singular_values(shape):
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s ** 3 + 2.0315 * s ** 5
     assert_close(pretrain.orthogonal(g), u @ torch.diag(s) @ v)
-    assert 0.6 < s.min() and s.max() < 1.3
-    thin = (u[:, :1] * v[:1]).float()  # of rank 1: what rounding adds must not grow
-    assert torch.linalg.svdvals(pretrain.orthogonal(thin)).sum() < 1.4
-    assert pretrain.orthogonal(torch.zeros(shape)).abs().max() == 0
+    assert pretrain.orthogonal(0 * g).abs().max() == 0
 
 @pytest.mark.parametrize("muon", [0.0, 0.02])
 def test_muon_is_sgd_but_for_dense_convolutions(muon):
@@ -762,23 +686,21 @@ def test_muon_is_sgd_but_for_dense_convolutions(muon):
     peer = copy.deepcopy(net)
     sgd = torch.optim.SGD(peer.parameters(), 0.1, 0.9, weight_decay=1e-3)
     optimizer = pretrain.Muon(net, 0.1, muon, 1e-3)  # its rates are right without a schedule
-    w = net.features[2].block[0][0].weight  # 72 x 16 x 1 x 1
-    v = w.detach().clone().flatten(1)
-    momentum = torch.zeros_like(v)
+    expected = {name: w.detach().clone() for name, w in net.named_parameters()}
+    momentum = {}
     for step in range(3):
-        for p, q in zip(net.parameters(), peer.parameters()):
-            q.grad = rand(*p.shape, seed=step, dtype=torch.float64) - 0.5
-            p.grad = torch.zeros_like(p).copy_(q.grad)
-        g = w.grad.flatten(1).clone()
-        momentum = 0.95 * momentum + g
-        move = pretrain.orthogonal(g + 0.95 * momentum) * (72 / 16) ** 0.5
-        v = (1 - 0.002) * v - 0.02 * move
+        for (name, w), v in zip(net.named_parameters(), peer.parameters()):
+            v.grad = rand(*w.shape, seed=step, dtype=torch.float64) - 0.5
+            w.grad = torch.zeros_like(w).copy_(v.grad)
+            if muon > 0 and w.ndim == 4 and w.shape[1] > 3 and "fc" not in name:
+                momentum[name] = 0.95 * momentum.get(name, 0) + v.grad
+                g = (v.grad + 0.95 * momentum[name]).flatten(1)
+                move = pretrain.orthogonal(g) * max(1, len(g) / g.shape[1]) ** 0.5
+                expected[name] = (1 - 0.1 * muon) * expected[name] - muon * move.view_as(v)
         optimizer.step()
         sgd.step()
-    assert torch.allclose(w.flatten(1), v) == (muon > 0)
-    for (name, p), q in zip(net.named_parameters(), peer.parameters()):
-        is_dense = p.ndim == 4 and p.shape[1] > 3 and "fc" not in name
-        assert torch.allclose(p, q) == (muon == 0 or not is_dense), name
+        expected |= {name: v for name, v in peer.named_parameters() if name not in momentum}
+    assert_close(dict(net.named_parameters()), expected)
 
 class Graph(TorchDispatchMode):
     """A CUDA graph without a GPU: replays operations on the same tensors, with the same numbers."""
@@ -838,55 +760,36 @@ def filled(n, *flags, world=1):
         pretrain.check(args, images)
     return args
 
-def test_open_flags_follow_the_number_of_images(capsys):
+def test_open_flags_follow_the_number_of_images():
     args = filled(5120)
-    assert (args.batch, args.queue, args.steps, args.stem) == (64, 128, 14 * 80, "imagenet")
-    assert (args.momentum, args.lr) == (0.8214, 0.02)
-    assert args.weak_keys and args.warmup == 2
-    assert "for 5,120 images" in capsys.readouterr().out
+    assert (args.batch, args.queue, args.steps, args.momentum) == (64, 128, 14 * 80, 0.8214)
     for n in range(256, 20_000, 97):  # few queries meet a key of their own image
         args = filled(n)
         assert (args.queue / n) ** 2 / 2 < 0.01 or args.queue == args.batch
     assert filled(50_000, "--epochs", "100").stem == "small"
-    for steps, lowest in ((100, 0.35), (1600, 0.25), (9999, 0.2), (10_000, 0.08)):
-        assert filled(50_000, "--steps", str(steps)).crop == [lowest, 1]
     args = filled(1_000_000, "--steps", "100")
     assert args.warmup * (1_000_000 // args.batch) == pytest.approx(100 / 7, abs=0.5)
     with pytest.raises(InputError, match="--steps.*--epochs"):
         filled(5120, "--steps", "7", "--epochs", "9")
     published = dict(batch=256, queue=65536, momentum=0.999, bn_splits=8, lr=0.03, warmup=0,
                      temp=0.2, wd=1e-4, head="simple", dim=128, crop=[0.2, 1], jitter=0.4, hue=0.1,
-                     gray=0.2, blur=0.5, stem="imagenet", muon=0, weak_keys=False, zero_init=False)
+                     gray=0.2, blur=0.5, muon=0, weak_keys=False)
     args = filled(1_281_167, "--size", "224", "--epochs", "200", "--recipe", "moco-v2", world=8)
     assert published.items() <= vars(args).items()
     for n, world in ((5, 1), (9, 2), (16, 8), (63, 8), (100, 3)):
         filled(n, world=world)
 
-@pytest.mark.parametrize("has_it", [True, False])
-def test_sixteen_bits_are_for_gpus_and_dense_networks(has_it, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict(avx512_bf16=has_it))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_it)
-    half = torch.bfloat16 if has_it else torch.float16
-    on_cpu = torch.bfloat16 if has_it else torch.float32
-    for precision, device, arch, expected in (
-            ("auto", "cpu", "resnet18", on_cpu), ("auto", "cuda", "mobilenetv3", half),
-            ("auto", "cpu", "mobilenetv3", torch.float32),
-            ("float32", "cuda", "resnet18", torch.float32)):
-        assert pretrain.choose_dtype(precision, torch.device(device), arch) == expected
-
 def test_a_run_end_to_end(labelled, tmp_path, capsys):
-    run(*labelled, "--epochs", 3, "--head", "deep", "--out", tmp_path / "run")
+    run(*labelled, "--epochs", 2, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     for text in ("The loss rises for the first 2 steps", "raw pixels", "for 42 images"):
         assert text in printed
     log = read_log(tmp_path / "run")
-    assert [entry["epoch"] for entry in log] == [1, 2, 3] and log[-1]["step"] == 15
+    assert [entry["epoch"] for entry in log] == [1, 2] and log[-1]["step"] == 10
     assert log[-1]["images_per_s"] > 0 and 0 <= log[-1]["knn"] <= 100
     assert Image.open(tmp_path / "run/views.png").size == (8 * 96, 3 * 96)
-    net, known = linear_eval.read_checkpoint(tmp_path / "run")
-    assert (known["arch"], known["size"], known["stem"]) == ("mobilenetv3_small", 32, "imagenet")
-    last = linear_eval.read_checkpoint(tmp_path / "run/last.pt")[0]
-    assert_close(net.state_dict(), last.state_dict(), rtol=0, atol=0)
+    nets = [linear_eval.read_checkpoint(tmp_path / "run" / name)[0] for name in ("", "last.pt")]
+    assert_close(*[net.state_dict() for net in nets], rtol=0, atol=0)
 
 def test_a_run_without_labels_from_a_checkpoint(flat, tmp_path, capsys):
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "tv.pt")
@@ -904,20 +807,10 @@ def test_a_checkpoint_brings_its_stem(arch, flat, tmp_path):
     (tmp_path / "old/args.json").write_text(json.dumps(dict(arch=arch, stem="small")))
     flags = [*flat[:-2], "--init", tmp_path / "old", "--arch", arch, "--steps", 1]
     moco = run(*flags, "--lr", 0, "--muon", 0, "--out", tmp_path / "new")
-    assert flags_of(tmp_path / "new")["stem"] == "small"
+    assert json.loads((tmp_path / "new/args.json").read_text())["stem"] == "small"
     assert_close(list(moco.encoder_q.backbone.parameters()), list(net.parameters()))
     with pytest.raises(InputError, match="--stem imagenet"):
         run(*flags, "--stem", "imagenet", "--out", tmp_path / "other")
-
-def test_blocks_of_the_networks_that_learn_start_as_the_identity(flat, tmp_path, monkeypatch):
-    networks = []
-    monkeypatch.setattr(pretrain, "report", lambda out, *nets: networks.extend(nets[:2]))
-    for flag in ("--zero-init", "--no-zero-init"):
-        run(*flat, flag, "--steps", 1, "--lr", 0, "--muon", 0, "--out", tmp_path / flag)
-    zeros = []
-    for net in networks:  # learned and untrained, of both runs
-        zeros.append(sum(not w.any() for name, w in net.named_parameters() if "weight" in name))
-    assert zeros == [6, 0, 0, 0]
 
 def test_float16_steps_that_overflow_are_left_out(flat, tmp_path):
     moco = run(*flat, "--precision", "float16", "--steps", 6, "--out", tmp_path / "run")
@@ -932,10 +825,9 @@ run --queue 500 -> --queue 500
 run --temp 0.025 -> --temp 0.025
 run --temp nan -> --temp nan
 run --bn-splits 3 -> --bn-splits 3
-run --crop 0.5 0.2 -> --crop 0.5 0.2
+run --crop 0.5 0.2 -> --crop
 run --gray 2 -> --gray
 run --dim 0 -> --dim
-run --arch vgg -> --arch
 run --device meta -> --device meta
 run --resume -> --out
 run --data empty -> empty
@@ -944,7 +836,7 @@ run --data few -> few
 run --init mobile.pt --arch resnet18 -> mobile.pt
 run --init torn.pt -> torn.pt
 run --init hostile.pt -> hostile.pt
-evaluate random --data few -> labels
+evaluate random --data few -> classes
 evaluate random --data unheld -> held-out
 evaluate random --labels many -> --labels
 evaluate random --labels 1.5 -> --labels
@@ -955,14 +847,14 @@ evaluate text.pt -> text.pt
 evaluate other.pt -> other.pt
 evaluate integers.pt --arch resnet18 -> integers.pt
 evaluate scalar.pt --arch resnet18 -> scalar.pt
+evaluate larger.pt --arch resnet18 -> resnet18
 evaluate list -> args.json
 evaluate size -> size
-evaluate resnet.pt --arch resnet18 --stem small -> --stem small
-evaluate nan.pt --arch mobilenetv3_small -> nan.pt
-look nan.pt --arch mobilenetv3_small -> nan.pt
+evaluate resnet.pt --arch resnet18 --stem small -> stem imagenet
+evaluate nan.pt --arch mobilenetv3_small -> features
+look nan.pt --arch mobilenetv3_small -> features
 look text.pt -> text.pt
-look random --per-class 1 -> --per-class 1
-look random --data one -> too few
+look random --data one -> two images
 look random --data nowhere -> nowhere"""
 
 class Attack:
@@ -982,7 +874,8 @@ def bad_folder(tmp_path_factory):
     make_folder(here / "one/test", classes=("a",), per=1)
     mobile = models.build("mobilenetv3_small").state_dict()
     resnet = models.build("resnet18").state_dict()
-    contents = dict(mobile=mobile, resnet=resnet, hostile={"state_dict": Attack()},
+    larger = torchvision.models.resnet34().state_dict()
+    contents = dict(mobile=mobile, resnet=resnet, larger=larger, hostile={"state_dict": Attack()},
                     other={"lr": 0.1}, integers={1: torch.ones(3)},
                     scalar=resnet | {"conv1.weight": torch.ones(())},
                     nan={name: w * math.nan for name, w in mobile.items()})
@@ -1011,11 +904,6 @@ def test_bad_input_is_one_line(line, bad_folder, monkeypatch, capsys):
     assert message in str(error.value) + capsys.readouterr().err
     assert not Path("attacked").exists() and not Path("runs").exists()
 
-def test_the_attack_is_real(bad_folder, monkeypatch):
-    monkeypatch.chdir(bad_folder)
-    torch.load("hostile.pt", weights_only=False)
-    Path("attacked").rmdir()
-
 @pytest.mark.parametrize("script", ["pretrain.py", "linear_eval.py random", "analyze.py random"])
 def test_bad_input_ends_a_script_with_one_line(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*script.split(), "--data", str(tmp_path), "--device", "cpu"])
@@ -1039,8 +927,8 @@ def break_off(module, name, calls, setattr=setattr):
 @pytest.mark.parametrize("module,name,calls", [
     (pretrain, "train_step", 3), (pretrain, "train_step", 8), (torch, "save", 1),
     (torch, "save", 4)])
-def test_a_run_that_breaks_off_ends_as_one_that_does_not(module, name, calls, labelled, tmp_path,
-                                                         monkeypatch):
+def test_a_run_that_breaks_off_ends_as_another(module, name, calls, labelled, tiny, tmp_path,
+                                               monkeypatch):
     train_step = pretrain.train_step
     minutes = []
     clock = MagicMock(monotonic=lambda: 60.0 * len(minutes))  # a step takes a minute
@@ -1055,11 +943,11 @@ def test_a_run_that_breaks_off_ends_as_one_that_does_not(module, name, calls, la
         with pytest.raises(OSError, match="No space left"):
             run(*flags, "--out", tmp_path / "parts")
     run("--out", tmp_path / "parts", "--resume")
-    ends = [torch.load(tmp_path / folder / "last.pt") for folder in ("whole", "parts")]
-    assert_close(*ends, rtol=0, atol=0)
-    assert [entry["minutes"] for entry in read_log(tmp_path / "parts")] == [5, 10, 12]
+    parts, whole = [torch.load(file) for file in sorted(tmp_path.glob("*/last.pt"))]
+    assert_close(parts, whole, rtol=0, atol=0)
+    assert [entry["minutes"] for entry in parts["log"]] == [5, 10, 12]
 
-def test_of_two_that_go_on_with_a_run_the_second_is_refused(flat, tmp_path, monkeypatch):
+def test_of_two_that_go_on_with_a_run_the_second_is_refused(flat, tiny, tmp_path, monkeypatch):
     train_step = pretrain.train_step
 
     def step(*args):
@@ -1070,7 +958,7 @@ def test_of_two_that_go_on_with_a_run_the_second_is_refused(flat, tmp_path, monk
     monkeypatch.setattr(pretrain, "train_step", step)
     run(*flat, "--steps", 1, "--out", tmp_path / "run")
 
-def test_a_run_keeps_its_flags(tmp_path):
+def test_a_run_keeps_its_flags(tiny, tmp_path):
     make_folder(tmp_path / "flat", classes=(".",), per=20)
     out = ["--out", tmp_path / "run"]
     run("--data", tmp_path / "flat", "--root", tmp_path, *SMALL, "--steps", 3, *out)
@@ -1079,21 +967,19 @@ def test_a_run_keeps_its_flags(tmp_path):
                   "--recipe small"):
         with pytest.raises(InputError, match=typed):
             run(*out, "--resume", *typed.split())
-    for typed in ("--knn-every 2 --batch 8 --temp 0.1", "--precision float16"):
-        run(*out, "--resume", *typed.split())
-        after = torch.load(tmp_path / "run/last.pt")
-        assert_close(after, before, rtol=0, atol=0)
+    run(*out, "--resume", "--batch", 8, "--precision", "float16")
+    assert_close(torch.load(tmp_path / "run/last.pt"), before, rtol=0, atol=0)
     with pytest.raises(InputError, match="--resume"):
         run(*out)
-    for wrong in ({}, dict(model=[]), dict(log=5), dict(step="x"), dict(optimizer=None)):
-        torch.save((wrong and before) | wrong, tmp_path / "run/last.pt")
+    for wrong in (dict(model={}), dict(log=5), dict(step="x"), dict(optimizer=None)):
+        torch.save(before | wrong, tmp_path / "run/last.pt")
         with pytest.raises(InputError, match="last.pt: not of the run"):
             run(*out, "--resume")
     picture(32, 32, seed=9).save(tmp_path / "flat/0 é.jpg", quality=30)
     with pytest.raises(InputError, match="other images"):
         run(*out, "--resume")
 
-def test_runs_inside_the_data_folder_are_no_data(tmp_path, monkeypatch):
+def test_runs_inside_the_data_folder_are_no_data(tiny, tmp_path, monkeypatch):
     make_folder(tmp_path / "here", per=20)
     monkeypatch.chdir(tmp_path / "here")
     run("--data", ".", *SMALL, "--out", "runs/1", "--steps", 3, "--seed", 10 ** 30)
@@ -1101,7 +987,7 @@ def test_runs_inside_the_data_folder_are_no_data(tmp_path, monkeypatch):
     run("--out", "runs/1", "--resume")
     assert len(data.load(".")[0].classes) == 3
 
-def test_weights_that_are_no_numbers_end_the_run(labelled, tmp_path, monkeypatch):
+def test_weights_that_are_no_numbers_end_the_run(labelled, tiny, tmp_path, monkeypatch):
     train_step = pretrain.train_step
     steps = []
 
@@ -1122,13 +1008,10 @@ def differ(folder):
     rank = int(os.environ["RANK"])
     pretrain.choose_dtype = lambda *args: (torch.bfloat16, torch.float16)[dtypes * rank]
     told = []
-    for images, flag, dtypes in ((rank, "--out", 0), (0, "--resume", 0), (2 * rank, "--out", 0),
-                                 (0, "--out", 1)):
-        out = f"{folder}/run{rank}" if flag == "--resume" else f"{folder}/new{rank}"
+    for images, out, dtypes in ((rank, "new", 0), (0, "run", 0), (2 * rank, "new", 0),
+                                (0, "new", 1)):
         argv = ["--data", f"{folder}/{images}", "--root", folder, *SMALL, "--steps", "2",
-                "--device", "cpu", "--out", out]
-        if flag == "--resume":
-            argv.append(flag)
+                "--device", "cpu", "--out", f"{folder}/{out}{rank}", "--resume"]
         with pytest.raises(InputError) as error:
             pretrain.main(argv)
         told.append(str(error.value))
@@ -1213,17 +1096,15 @@ def test_the_linear_probe_is_the_converged_solution(penalty):
         return loss
 
     optimizer.step(objective)
-    ours = linear_eval.fit(z, y, 5, penalty, torch.linalg.eigh((z.T @ z / 400).double()))
+    ours = linear_eval.fit(z, y, 5, penalty, (z.T @ z / 400).double())
     assert (ours - W).norm() < 1e-3 * W.norm()
 
 def test_the_probe_fits_features_of_any_scale_and_none_that_collapsed():
     x, y = blobs(400)
     test_x, test_y = blobs(400, seed=1)
-    accuracy = []
     for scale in (1, 1e-6):
         weight, bias = linear_eval.linear_probe(scale * x, y, 5)
-        accuracy.append(linear_eval.accuracy(weight, bias, scale * test_x, test_y))
-    assert accuracy[0] > 60 and accuracy[1] == pytest.approx(accuracy[0], abs=1)
+        assert linear_eval.accuracy(weight, bias, scale * test_x, test_y) > 60
     for size in (0, 1e-8):  # what varies is rounding
         x = 1 + rand(300) + size * torch.randn(400, 300, generator=generator(1))
         assert linear_eval.accuracy(*linear_eval.linear_probe(x, y, 5), x, y) < 21
@@ -1234,100 +1115,73 @@ def test_held_out_part_and_label_subsets():
     balanced = torch.cat([torch.arange(200) % 4, torch.full((9,), -1)])
     unbalanced = torch.tensor([0] * 100 + [1] * 20 + [-1])
     for labels, wanted, counts in (
-            (balanced, "0.1", [5] * 4), (balanced, "7", [7] * 4), (balanced, "0.001", [1] * 4),
+            (balanced, "7", [7] * 4), (balanced, "0.001", [1] * 4), (unbalanced, "0.1", [10, 2]),
             (unbalanced, "1.0", [100, 20])):
-        rows = linear_eval.labelled_subset(labels, wanted, 0)
-        assert labels[rows].bincount().tolist() == counts
-        assert torch.equal(rows, linear_eval.labelled_subset(labels, wanted, 0))
-        same = torch.equal(rows, linear_eval.labelled_subset(labels, wanted, 1))
-        assert same == (wanted == "1.0")
+        rows, same, another = [linear_eval.labelled_subset(labels, wanted, i) for i in (0, 0, 1)]
+        assert labels[rows].bincount().tolist() == counts and torch.equal(rows, same)
+        assert torch.equal(rows, another) == (wanted == "1.0")
 
 def test_measure():
     y = torch.arange(40) % 4
     scores = F.one_hot(y, 7).float()  # three classes have no image
     scores[:10, 6] = 2  # ten are wrong at first and right among the first five
-    measures = linear_eval.measure(scores, y)
     expected = dict(top1=75, top5=100, mean_per_class=75, low=59.81, high=85.81)  # Wilson's formula
-    assert measures == pytest.approx(expected, abs=0.02)
-    each = linear_eval.accuracy_of_classes(scores, y)
-    assert each[:4].tolist() == [70, 70, 80, 80] and each[4:].isnan().all()
+    assert linear_eval.measure(scores, y) == pytest.approx(expected, abs=0.02)
 
 def test_raw_pixels_are_means_of_pixels(monkeypatch):
     monkeypatch.setattr(linear_eval.Pixels, "most", 32)
     x = rand(2, 3, 96, 96)
     expected = TF.resize(x, [32, 32], antialias=True).flatten(1)
     assert_close(linear_eval.Pixels()(x), expected, atol=1e-4, rtol=0)
-    assert_close(linear_eval.Pixels()(x[..., :24, :24]), x[..., :24, :24].flatten(1))
 
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenetv3_small"])
 def test_checkpoint_formats(arch, tmp_path):
     weights = models.build(arch).state_dict()
     full = getattr(torchvision.models, TORCHVISION[arch])()
     full.load_state_dict(weights, strict=False)
-    formats = [("", {}, full.state_dict())]  # prefix, other tensors, under which key
-    others = {f"module.encoder_k.{name}": w + 1 for name, w in weights.items()}
-    for prefix in ("", "module.", "module.student.", "encoder_q.", "module.encoder_q.",
-                   "encoder_q.backbone."):
-        formats.append((prefix, others if "encoder_q" in prefix else {}, weights))
-    for prefix, more, tensors in formats:
-        state = {prefix + name: w for name, w in tensors.items()} | more
-        key = "model" if "backbone" in prefix else "state_dict"
-        for content in (state, {key: state, "step": 3}):
-            torch.save(content, tmp_path / "c.pt")
-            net = linear_eval.read_checkpoint(tmp_path / "c.pt", arch)[0]
-            assert_close(net.state_dict(), weights, rtol=0, atol=0)
+    keys = {f"module.encoder_k.{name}": w + 1 for name, w in weights.items()}
+    contents = [weights, full.state_dict()]
+    for prefix, key, more in (("module.", "state_dict", {}), ("module.student.", "state_dict", {}),
+                              ("module.encoder_q.", "state_dict", keys),
+                              ("encoder_q.backbone.", "model", keys)):
+        state = {prefix + name: w for name, w in weights.items()}
+        contents.append({key: state | more, "step": 3})
+    for content in contents:
+        torch.save(content, tmp_path / "c.pt")
+        net = linear_eval.read_checkpoint(tmp_path / "c.pt", arch)[0]
+        assert_close(net.state_dict(), weights, rtol=0, atol=0)
 
 def test_the_weights_in_assets_are_torchvisions():
-    file = HERE / "assets/mobilenetv3_small-tiny50.pt"
-    net, known = linear_eval.read_checkpoint(file)
-    assert (known["arch"], known["stem"], known["size"]) == ("mobilenetv3_small", "imagenet", 64)
+    net, known = linear_eval.read_checkpoint(HERE / "assets/mobilenetv3_small-tiny50.pt")
+    assert known["size"] == 64
     peer = torchvision.models.mobilenet_v3_small()
-    missing, unexpected = peer.load_state_dict(torch.load(file)["state_dict"], strict=False)
+    missing, unexpected = peer.load_state_dict(net.state_dict(), strict=False)
     assert missing == ["classifier.3.weight", "classifier.3.bias"] and not unexpected
-    assert all(w.isfinite().all() for w in net.state_dict().values())
 
-@pytest.mark.parametrize("arch,part", [("resnet34", "resnet18"),
-                                       ("efficientnet_b1", "efficientnet_b0")])
-def test_a_part_of_a_larger_network_is_refused(arch, part, tmp_path):
-    torch.save(getattr(torchvision.models, arch)().state_dict(), tmp_path / "c.pt")
-    assert linear_eval.read_checkpoint(tmp_path / "c.pt", arch)[1]["arch"] == arch
-    with pytest.raises(InputError, match=part):
-        linear_eval.read_checkpoint(tmp_path / "c.pt", part)
-
-def test_what_is_typed_comes_before_what_a_checkpoint_says(tmp_path):
+@pytest.mark.parametrize("typed", [{}, dict(size=24), dict(data="there", keep=40)])
+def test_what_is_typed_comes_before_what_a_checkpoint_says(typed, tmp_path):
     torch.save(models.build("resnet18", "small").state_dict(), tmp_path / "backbone.pt")
     known = dict(arch="resnet18", stem="small", size=48, data="here", keep=50)
     (tmp_path / "args.json").write_text(json.dumps(known | dict(root="elsewhere")))
-    open_flags = dict.fromkeys(known) | dict(seed=0, root="data")
-    first = None
-    for name, typed, expected in (
-            (str(tmp_path), {}, known), ("random", {}, known),
-            ("pixels", dict(size=24), known | dict(size=24)),
-            (str(tmp_path), dict(data="there"), known | dict(data="there", keep=None))):
-        args = argparse.Namespace(**open_flags | typed)
-        opened = linear_eval.open_checkpoint(name, args, like=first)
-        first = first or opened
-        assert {key: getattr(opened, key) for key in known} == expected
-        assert opened.name == name and args.root == "data"
+    args = argparse.Namespace(**dict.fromkeys(known) | dict(seed=0, root="data") | typed)
+    opened = None
+    for name in (str(tmp_path), "random", "pixels"):  # the latter ones are as the first one
+        opened = linear_eval.open_checkpoint(name, args, like=opened)
+        assert (known | typed).items() <= opened._asdict().items()
+        assert args.root == "data"
 
-def test_formats_evaluate_alike_and_the_classifier_is_torchvisions(tmp_path, monkeypatch):
+def test_an_evaluation_end_to_end_and_the_readmes_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_folder(tmp_path / "images/train", per=12)
     make_folder(tmp_path / "images/test", per=5, seed=7)
     flags = ["--data", "images", "--size", 32, "--arch", "resnet18", "--knn", "--out"]
     torch.manual_seed(0)
-    weights = models.build("resnet18").state_dict()
     Path("run").mkdir()
-    torch.save(weights, "run/backbone.pt")
-    torch.save({}, "run/last.pt")
     Path("run/args.json").write_text("{}")
-    moco = {f"module.encoder_q.{name}": w for name, w in weights.items()}
-    torch.save({"state_dict": moco}, "moco.pt")
-    tables = [evaluate(name, *flags, f"out-{name}") for name in ("run", "moco.pt", "random")]
-    assert tables[0] == tables[1] == tables[2]
-    assert {"linear", "kNN, k 20, T 0.1"} < tables[0].keys()
-    result = json.loads(Path("out-run/result.json").read_text())
-    assert len(result["per_class"]) == 3 and result["table"] == tables[0]
+    torch.save(models.build("resnet18").state_dict(), "run/backbone.pt")
+    tables = [evaluate(name, *flags, f"out-{name}") for name in ("run", "random")]
+    assert tables[0] == tables[1] and {"linear", "kNN, k 20, T 0.1"} < tables[0].keys()
+    assert json.loads(Path("out-run/result.json").read_text())["table"] == tables[0]
     with pytest.raises(InputError, match="--out run"):
         evaluate("run", *flags, "run")
 
@@ -1380,9 +1234,7 @@ def test_instance_discrimination_is_a_search():
 def test_found_compares_two_views_of_an_image(flat):
     images = load(flat[1], flat[3], size=32)[0]
     pixels = linear_eval.Pixels()
-    still = dict(crop=(1, 1), jitter=0, hue=0, gray=0, blur=0)
-    shares = [analyze.found(pixels, images, 32, **flags) for flags in (still, {})]
-    assert shares[0] > 90 > shares[1] > 0
+    assert 0 < analyze.found(pixels, images, 32) < analyze.found(pixels, images, 32, jitter=0)
     assert analyze.found(lambda x: pixels(0 * x + 1), images, 32) == 0
 
 def test_distances_are_means_over_pairs():
@@ -1411,15 +1263,6 @@ def test_best_nn_is_a_search():
             best = max(best, 100 * (votes == y.numpy()).mean())
         assert analyze.best_nn(train, labels, b, y, most=14)[name] == pytest.approx(best)
 
-def test_rotation_and_length_of_features_do_not_matter():
-    o, a, b, y = sample(60)
-    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator(1), dtype=torch.float64))[0]
-    expected = analyze.instance_metrics(o, a, b, y)
-    turned = analyze.instance_metrics(o @ turn, 2 * a @ turn, b @ turn, y)
-    assert turned == pytest.approx(expected, rel=1e-5)
-    tiny = [v.float() * 2.0 ** -50 for v in (o, a, b)]
-    assert analyze.instance_metrics(*tiny, y) == pytest.approx(expected, rel=1e-3)
-
 def test_tsne():
     y = torch.arange(300) % 6
     x = unit(6, 30, seed=3)[y] + 0.6 * unit(300, 30)
@@ -1431,15 +1274,15 @@ def test_tsne():
     assert (y[near] == y[:, None]).double().mean() > 0.95
     assert analyze.tsne(torch.ones(4, 3)).isfinite().all()
 
-def test_an_analysis_end_to_end(tmp_path, monkeypatch, capsys):
+def test_an_analysis_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_folder(Path("images/train"), per=12)
     make_folder(Path("images/test"), per=5, seed=7)
     entries = [dict(minutes=e, loss=5 / e, instance_accuracy=9.0 * e, knn=20 + e) for e in (1, 2)]
-    for name, arch, size in (("run", "mobilenetv3_small", 32), ("other", "resnet18", 48)):
+    for name, size in (("run", 32), ("other", 48)):
         Path(name).mkdir()
-        torch.save(models.build(arch).state_dict(), f"{name}/backbone.pt")
-        known = dict(arch=arch, stem="imagenet", size=size, data="images")
+        torch.save(Tiny().state_dict(), f"{name}/backbone.pt")
+        known = dict(arch="mobilenetv3_small", size=size, data="images")
         Path(f"{name}/args.json").write_text(json.dumps(known))
         Path(f"{name}/log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     names = ["run", "other", "random", "pixels"]
@@ -1447,17 +1290,11 @@ def test_an_analysis_end_to_end(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert list(json.loads(Path("run/analysis/analysis.json").read_text())) == names
     for r in results.values():
-        assert r["images"] == 15 and 0 <= r["held-out"]["ab"] <= 100  # as many of both splits
-        assert {"linear", "nn_raw", "intra"} < r["held-out"].keys()
-    rows = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + len(analyze.ROWS) and {line.count("|") for line in rows} == {6}
-    assert "other: resnet18 at 48 pixels" in printed
+        assert r["images"] == 15 and r["held-out"].keys() == analyze.ROWS.keys()
+    assert "other: mobilenetv3_small at 48 pixels" in printed
     for name in ("map", "similarity", "curves"):
         image = Image.open(f"run/analysis/{name}.png").convert("RGB")
         assert np.asarray(image).std() > 5, name
-    make_folder(Path("flat"), classes=(".",), per=15)
-    free = look("run", "--data", "flat", "--out", "free")["run"]
-    assert free.keys() == {"train", "images"} and "uniformity" in free["train"]
     make_folder(Path("single/train"), classes="abcd", per=2)  # a sample has one image of a class
     make_folder(Path("single/test"), classes="bcd", per=1)
     look("run", "--data", "single", "--out", "single")
@@ -1465,15 +1302,13 @@ def test_an_analysis_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_over_clustering_is_a_comparison():
     # MobileNetV3-Small after 100 epochs of Tiny ImageNet's 50 classes
-    small = dict(ab=57.1, intra=1.595, uniformity=-3.175, nn_normalized=25.5, linear=29.0)
-    moco = dict(ab=46.9, intra=1.551, uniformity=-3.004, nn_normalized=22.6, linear=27.2)
-    random = dict(ab=2.5, intra=0.580, uniformity=-1.125, nn_normalized=7.3, linear=11.0)
-    for change, lines in (({}, 1), (dict(linear=30), 0), (dict(nn_normalized=26), 0),
-                          (dict(intra=1.6), 0), (dict(uniformity=-4), 0)):
-        networks = dict(moco=moco | change, small=small, random=random)
+    small = dict(intra=1.595, uniformity=-3.175, nn_normalized=25.5, linear=29.0)
+    moco = dict(intra=1.551, uniformity=-3.004, nn_normalized=22.6, linear=27.2)
+    for change in ({}, dict(linear=30), dict(nn_normalized=26), dict(intra=1.6),
+                   dict(uniformity=-4)):
+        networks = dict(moco=moco | change, small=small)
         said = analyze.diagnosis({name: {"held-out": m} for name, m in networks.items()})
-        assert len(said) == lines
-        assert not said or said[0].startswith("moco over-clusters") and "2.9" in said[0]
+        assert [line.split()[0] for line in said] == ["moco"] * (not change)
 
 # ---------------------------------------------------------------------------------------- a GPU
 
@@ -1486,36 +1321,15 @@ def test_cuda_info_nce_is_fused_and_right(N, C, K):
     loss, gradient = cross_entropy(*embeddings(N, C, K), 0.1)
     q, k, queue = [x.float().cuda() for x in embeddings(N, C, K)]
     q.requires_grad_()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     with sdpa_kernel(fused):  # raises where none of these is possible
         ours = pretrain.info_nce(q, k, queue, 0.1)
         ours.backward()
     assert abs(ours.item() - loss) < 5e-3
     assert (q.grad.cpu() - gradient).norm() < 1e-3 * gradient.norm()
-    if N == 1024:
-        assert torch.cuda.max_memory_allocated() - before < 4 * N * K
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs here")
-def test_cuda_two_processes(flat, tmp_path):
-    argv = [*flat, "--steps", "4", "--device", "cuda", "--out", str(tmp_path / "run")]
-    processes(2, train_on_a_gpu, argv)
-    assert math.isfinite(read_log(tmp_path / "run")[-1]["loss"])
-
-def train_on_a_gpu(argv):
-    pretrain.main(argv)
 
 def losses(folder):
     return [entry["loss"] for entry in read_log(folder)]
-
-@needs_gpu
-def test_cuda_trains_as_the_cpu(flat, tmp_path, monkeypatch):
-    monkeypatch.setitem(models.ARCHS, "mobilenetv3_small", NoBatchNorm)
-    for device in ("cpu", "cuda"):
-        run(*flat, "--steps", 20, "--device", device, "--precision", "float32", "--out",
-            tmp_path / device)
-    assert losses(tmp_path / "cuda") == pytest.approx(losses(tmp_path / "cpu"), abs=2e-2)
 
 @needs_gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
@@ -1523,8 +1337,8 @@ def test_cuda_records_learns_and_resumes(precision, tmp_path, monkeypatch):
     flags = ["--arch", "mobilenetv3_small", "--epochs", 4, "--precision", precision, "--device",
              "cuda", "--save-every", 1, "--out"]
     run(*flags, tmp_path / "whole")
-    log, expected = read_log(tmp_path / "whole"), losses(tmp_path / "whole")
-    assert log[-1]["instance_accuracy"] > 3 and math.isfinite(log[-1]["loss"])
+    expected = losses(tmp_path / "whole")
+    assert read_log(tmp_path / "whole")[-1]["instance_accuracy"] > 3
     with monkeypatch.context() as broken:
         break_off(data, "draw_step", 200, broken.setattr)
         with pytest.raises(OSError):

@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import time
-import warnings
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -38,9 +37,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  (before there is a process group, so that it can end)
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-# torch.from_numpy says it of files that are mapped into memory. Nobody writes to them.
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 # ------------------ 1. augmentation: a function of a batch of images and of uniform random numbers
 
@@ -536,7 +532,8 @@ def read_decoded(file, n, side):
     rows = int(shapes.count_nonzero()) // 2
     if file.stat().st_size != 8 * n + rows * 3 * side * side:
         return None
-    pixels = np.memmap(file, np.uint8, "r", 8 * n, (rows, 3, side, side))
+    # "c": whoever writes to the pixels changes a copy in memory, never the file
+    pixels = np.memmap(file, np.uint8, "c", 8 * n, (rows, 3, side, side))
     return torch.from_numpy(pixels), shapes.view(n, 2)
 
 def decode_files(paths, side, file):

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from data import (InputError, init_device, move_to_device, positive, print0, rank_world, run, save,
                   seeded)
-from linear_eval import (UNTRAINED, accuracy, add_common_flags, check_labels, extract,
+from linear_eval import (UNTRAINED, accuracy, add_common_flags, check_labels, extract, folder_of,
                          labelled_subset, linear_probe, neighbours, open_checkpoint, to_evaluate,
                          unit)
 
@@ -52,7 +52,7 @@ def instance_discrimination(query, positive, others, top=5):
     return torch.stack([100 * (nearer < j).float().mean() for j in range(1, top + 1)])
 
 def found(network, images, size, **augmentation):
-    """Up to 2,000 Images -> how many of them, in %, a second view finds first among all.
+    """The share, in %, of up to 2,000 of the images that a second view finds first among all.
 
     Pretraining reports this where there are no labels. `augmentation` are data.augment's settings.
     """
@@ -100,7 +100,7 @@ def best_nn(train_x, train_y, test_x, test_y, most=101):
     2022, who pick k on the test images, as here).
 
     Spaces: features as they are (raw), normalized, or minus their mean and then normalized
-    (shifted). Where two classes have as many votes, the lower number wins.
+    (shifted). Where two classes have equally many votes, the lower number wins.
     """
     mean = train_x.mean(0)
     spaces = dict(raw=(train_x, test_x), normalized=(unit(train_x), unit(test_x)),
@@ -158,10 +158,11 @@ def table(results):
             lines.append(f"| {text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-# By so much b must differ from a before a is said to over-cluster. On 500 images of 10 classes of
-# Tiny ImageNet the difference of two networks has a standard deviation of 0.017 (intra-class
-# alignment) and 0.035 (uniformity) over the choice of these images. That of two accuracies near
-# 50 %, each on 10,000 images, is 0.7 points.
+# By so much b must differ from a before a is said to over-cluster: by two standard deviations, and
+# for intra-class alignment, whose differences are small, by one. Over the choice of 500 images of
+# 10 classes of Tiny ImageNet, the difference of two networks has a deviation of 0.017 (intra-class
+# alignment) and 0.035 (uniformity). That of two accuracies near 50 %, each on 10,000 images, has
+# one of 0.7 points.
 MARGINS = dict(intra=0.017, uniformity=-0.07, nn_normalized=1.5, linear=1.5)
 
 def diagnosis(results):
@@ -187,8 +188,8 @@ def diagnosis(results):
 def tsne(x, steps=1000, k=15):
     """Coordinates (N, 2) of x (N, D), N up to about 2,000, by t-SNE (van der Maaten & Hinton 2008).
 
-    Each of the k nearest neighbours weighs the same (Boehm et al. 2022: hardly another map than
-    with weights by distance). The learning rate is N / 12 (Belkina et al. 2019).
+    Each of the k nearest neighbours weighs the same, which gives almost the same map as weights by
+    distance (Boehm et al. 2022). The learning rate is N / 12 (Belkina et al. 2019).
     """
     n = len(x)
     k = max(1, min(k, n - 1))
@@ -381,13 +382,6 @@ def main(argv=None):
     if dist.is_initialized():
         dist.destroy_process_group()
     return results
-
-def folder_of(name):
-    """Where a checkpoint's files lie: the folder itself, or that of a file."""
-    path = Path(name)
-    if path.is_file():
-        path = path.parent
-    return path
 
 def write(results, samples, args):
     """Print the table and the diagnosis, and write all files."""

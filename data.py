@@ -242,7 +242,7 @@ class Images:
     labels: torch.Tensor  # (N,) int64, -1 where unknown
     classes: list         # the names of the labels, empty without labels
     device: torch.device  # where `get` puts the images
-    fingerprint: str      # of the files' names and sizes in order: a run goes on with these alone
+    fingerprint: str      # which images these are: of a folder a hash of names and sizes
 
     def __len__(self):
         return len(self.labels)
@@ -465,10 +465,9 @@ def report(names, what):
         print0(f"left out {len(names)} {what}: {', '.join(names[:5])}")
 
 def hold_out(names):
-    """The set of those names CLASS/* that are held out: about every tenth, by a hash of the name.
-
-    So a file more moves no other one to the other side. But a class of two or more images has at
-    least one on each side.
+    """The set of those names CLASS/* that are held out: about every tenth, by a hash of the name,
+    so that one more file hardly ever moves another one to the other side. A class of two or more
+    images has at least one on each side.
     """
     held = set()
     for _, members in groupby(names, first_folder):
@@ -482,7 +481,7 @@ def tenth(name):
     return zlib.crc32(os.fsencode(name)) % 10
 
 def median_side(paths):
-    """The median of the images' shorter sides, from the headers of about 200 of them."""
+    """The median of the images' shorter sides, from the headers of 200 to 400 of them."""
     sides = []
     for path in paths[::max(1, len(paths) // 200)]:
         try:
@@ -546,7 +545,7 @@ def decode_files(paths, side, file):
     try:
         with open(temporary, "wb") as output, ThreadPool(min(16, os.cpu_count())) as pool:
             output.write(shapes)
-            for first in range(0, len(paths), 256):  # if the disk is slow, 256 images wait for it
+            for first in range(0, len(paths), 256):  # at most 256 decoded images are in memory
                 images = pool.map(partial(decode, side=side), paths[first:first + 256])
                 for row, image in enumerate(images, first):
                     if image is not None:
@@ -557,7 +556,7 @@ def decode_files(paths, side, file):
             output.seek(0)
             output.write(shapes)
         if not shapes.any():
-            raise InputError(f"--data: none of {len(paths):,} files is readable, as {paths[0]}")
+            raise InputError(f"--data: of {len(paths):,} files none is readable, such as {paths[0]}")
         os.replace(temporary, file)
     except OSError as error:
         raise InputError(f"--root: {error}; make room, or name another --root") from None
@@ -623,7 +622,7 @@ def run(main):
     except (InputError, OSError) as error:
         sys.exit(f"{script}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"\n{script}: stopped; a run goes on with --out FOLDER --resume")
+        sys.exit(f"\n{script}: stopped; pretrain.py goes on with --out FOLDER --resume")
 
 def positive(text):
     """The type of a flag that is a whole number of at least 1."""

@@ -9,7 +9,8 @@
 
 A checkpoint is a run's folder, its last.pt or backbone.pt, a state dict of torchvision, or a file
 of MoCo, ssl-small or SEED; `random` is a network without training, `pixels` stands for the images
-themselves. The results are written to a folder eval-DATA in the folder of the checkpoint.
+themselves. Results go to a folder eval-DATA[-LABELS] in the folder of the checkpoint, or in
+runs/random or runs/pixels.
 
 Read this file from top to bottom: features, kNN, the linear probe, both in one function for
 pretrain.py, results, checkpoints, flags.
@@ -39,7 +40,7 @@ def extract(net, images, size, rows=None, u=None, **augmentation):
     The network sees the center square of each image. If uniform numbers u (N, data.COLUMNS) are
     given, it sees the augmented view that data.augment makes of them with the settings
     `augmentation`. Each process computes the features of one part of the rows, and all processes
-    get the features of all rows. Raises InputError for features that are infinite or no numbers.
+    get the features of all rows. Raises InputError for features that are infinite or NaN.
     """
     rank, world = rank_world()
     if rows is None:
@@ -60,7 +61,7 @@ def extract(net, images, size, rows=None, u=None, **augmentation):
     features = gather(torch.cat(features))[:len(rows)]
     if not features.isfinite().all():
         name = getattr(net, "name", "the network")  # open_checkpoint names it
-        raise InputError(f"{name}: some of its features are infinite or no numbers; its weights "
+        raise InputError(f"{name}: some of its features are infinite or NaN; its weights "
                          "have diverged or are damaged")
     return features, images.labels[rows].to(images.device)
 
@@ -149,8 +150,8 @@ def fit(z, y, classes, penalty, covariance):
     The covariance (D, D) of the features decides how fast this converges, not what it finds. With
     it, W is written as the solution of L^T W = U, where L L^T is an upper bound on the curvature:
     half of the covariance (Boehning 1992) plus the penalty. So no direction of U has a curvature
-    above about 1. On 10,000 images of CIFAR-10 with 1,024 features, at a penalty of 0.001, 30 steps in U
-    reach a loss that takes between 100 and 200 steps in W.
+    above about 1. On 10,000 images of CIFAR-10 with 1,024 features, at a penalty of 0.001, 30 steps
+    in U reach a loss for which W itself needs 100 to 200.
     """
     # At least 0.001: rounding in the covariance must not make the bound indefinite.
     bound = covariance / 2 + max(penalty, 1e-3) * torch.eye(len(covariance))
@@ -241,18 +242,22 @@ def knn_table(train_x, train_y, test_x, test_y, classes):
             table[f"kNN, k {k}, T 0.1"] = measure(scores, test_y)
     return table
 
+def folder_of(name):
+    """The folder of a checkpoint: a run itself, the folder of a file, runs/random or runs/pixels."""
+    path = Path(name)
+    if name in UNTRAINED:
+        path = Path("runs", name)
+    elif path.is_file():
+        path = path.parent
+    return path
+
 def folder_of_results(args, checkpoint):
     """--out, or eval-DATA[-LABELS] in the folder of the checkpoint. Raises InputError if it holds
     the args.json of a run, which the results would overwrite."""
-    folder = Path(checkpoint.name)
-    if checkpoint.name in UNTRAINED:
-        folder = Path("runs", checkpoint.name)
-    elif not folder.is_dir():
-        folder = folder.parent
     name = f"eval-{Path(checkpoint.data).resolve().name}"
     if args.labels != "1.0":
         name = f"{name}-{args.labels}"
-    out = Path(args.out or folder / name)
+    out = Path(args.out or folder_of(checkpoint.name) / name)
     is_described = (out / "args.json").exists()  # by these results earlier, or by a run
     if is_described and "classes" not in read_json(out / "args.json"):
         raise InputError(f"--out {out}: holds a run; name another folder for the results")
@@ -352,7 +357,8 @@ def weights_of(state, arch, names):
             if name.startswith(parts) and not name.startswith(classifier)}
 
 def open_checkpoint(name, args, like=None):
-    """The Checkpoint called `name`. `random` is the network with which a run of this seed starts.
+    """The Checkpoint called `name`. `random` has the weights that a run of this seed draws, before
+    --zero-init or --init change them.
 
     A typed flag comes first, then what is known of the checkpoint itself, then what holds for the
     Checkpoint `like`, with which it is compared, then the defaults. But the images (`data`, `keep`)

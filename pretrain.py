@@ -6,22 +6,24 @@
     python pretrain.py --out runs/mine --resume            # go on with a run
 
 The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), for small networks Shi et al. 2022.
-Read it from top to bottom: the method, one step, the training loop. Then, as needed: views,
-networks, the optimizer, the monitor and the report, the run's folder, recipes, flags.
+Read it from top to bottom: the method, one step, the training loop. Then, as needed: networks and
+optimizer, monitor and report, the run's folder, rules, flags and recipes.
 
 Whatever the flags, this differs from MoCo v2 and its CIFAR-10 notebook in these details:
 
 - Queries meet BatchNorm in the whole batch of a process (MoCo: in the 32 images of a GPU; the
   notebook splits queries as it splits keys).
 - Each part of the keys updates the running statistics (the notebook averages the parts first).
-- All networks start as He et al. 2015 propose. The last Linear of the head is four times as long,
-  9.8 times as long as torch's default, the hidden ones 2.45 times.
+- All networks start as He et al. 2015 propose, which makes the weights of the head's Linears 2.45
+  times as large as torch's default. The last Linear starts four times as large again.
 - BatchNorm has torch's momentum of 0.1 (torchvision's MobileNetV3: 0.01).
 - The learning rate follows the step, not the epoch.
 - Pixels are normalized by ImageNet's mean and deviation, whatever the data set.
 - Hue turns in YIQ, not in HSV. Blur comes before colors are clipped to black and white, and its
   sigma shrinks with the view.
-- Crops are cut from an image that is stored at most 1.5 times as large as a view.
+- The images of a folder are stored, by default, at most 1.5 times as large as a view, and crops are
+  cut from these.
+- Where they are not typed, batch, momentum, queue and BatchNorm splits follow rules of this file.
 - Images are evaluated whole, without the margin that is usual at 224 pixels.
 """
 import argparse
@@ -65,7 +67,7 @@ class Encoder(nn.Module):
 
 class SplitBatchNorm(nn.BatchNorm2d):
     """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook). Each part
-    updates the running statistics."""
+    updates the running statistics, so these move `splits` times in a step."""
     splits = 1
 
     def forward(self, x):
@@ -103,8 +105,9 @@ class MoCo(nn.Module):
 
     @staticmethod
     def shuffle(order):
-        """The rows of the batch whose keys this process encodes, of a random `order` (B,) of all
-        rows: (B / processes,). It takes the views of these rows, so no image has to travel."""
+        """The rows (B / processes,) of the batch whose keys this process encodes, from a random
+        `order` (B,) of all rows. Each process makes the key views of these rows itself, so that no
+        image has to travel."""
         return rows_of_process(order)
 
     @torch.no_grad()
@@ -163,7 +166,7 @@ def info_nce(q, k, queue, temperature):
         queries, keys = queries[None, None], keys[None, None]  # one head of one sequence
         result = F.scaled_dot_product_attention(queries, keys, keys, scale=1 / temperature)[0, 0]
         p = result[:, c]
-        loss = -p.log()
+        loss = -p.log()  # p is above zero, as T is at least 0.03: see `check`
         gradient = (result[:, :c] + (p - 1)[:, None] * k) / temperature
     # q - q.detach() is zero, but its gradient is one: this adds nothing to the loss and `gradient`
     # to the gradient of q
@@ -171,7 +174,8 @@ def info_nce(q, k, queue, temperature):
 
 @torch.no_grad()
 def instance_accuracy(q, k, queue):
-    """The share of queries whose own key is nearer than all keys of the queue: of 64, for speed."""
+    """The share of queries whose own key is nearer than all keys of the queue. For speed, it is
+    measured on the first 64 queries."""
     own = (q[:64] * k[:64]).sum(1)
     nearest = (q[:64] @ queue.T).amax(1)
     return (nearest < own).float().mean()
@@ -193,7 +197,7 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
     loss = info_nce(q, k, moco.queue, args.temp)
     accuracy = instance_accuracy(q, k, moco.queue)
 
-    scaler.scale(loss).backward()  # the scale is one but in float16
+    scaler.scale(loss).backward()  # the scale is 1 except in float16
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -201,9 +205,12 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
     return mean_over_processes(torch.stack([loss.detach(), accuracy]))
 
 def load_batch(images, args, step):
-    """{name: tensor on the device}: pixels, shapes and uniform numbers (data.draw_step) of the
-    images whose queries this process encodes, the same of those whose keys it encodes, and the
-    shuffled order (B,) of the whole batch."""
+    """What this process needs for a step, {name: tensor on the device}:
+
+    query_pixels, query_shapes, query_u: images whose queries it encodes, with their uniform numbers
+    for a view (data.draw_step); key_pixels, key_shapes, key_u: the same for those whose keys it
+    encodes; order (B,): the shuffled order of the whole batch.
+    """
     rows, u, order = data.draw_step(len(images), args.batch, args.seed, step)
     queries = rows_of_process(torch.arange(args.batch))
     keys = MoCo.shuffle(order)
@@ -219,7 +226,7 @@ def make_views(batch, args):
     flags = augmentation(args)
     query_views = data.augment(batch["query_pixels"], batch["query_u"], args.size,
                                shapes=batch["query_shapes"], **flags)
-    if args.weak_keys:  # keys are of views that are cropped and flipped, and no more
+    if args.weak_keys:  # keys are of views that are only cropped and flipped
         flags = dict(crop=args.crop, jitter=0, hue=0, gray=0, blur=0)
     key_views = data.augment(batch["key_pixels"], batch["key_u"], args.size,
                              shapes=batch["key_shapes"], **flags)
@@ -243,7 +250,7 @@ def main(argv=None):
         args.stem = known["stem"]
     apply_rules(args, len(train))
     check(args, train)
-    args.images = train.fingerprint
+    args.images = train.fingerprint  # a run that goes on must find the same images: see `check`
     lock = contextlib.nullcontext()
     if rank_world()[0] == 0:
         lock = locked(out / "lock", wait=False)
@@ -257,7 +264,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     """Train, save, report -> the trained MoCo. All flags in `args` have values; `start` is the
     network of --init or None."""
     # from the same seed, every process draws the same weights
-    torch.manual_seed(args.seed % 2 ** 63)
+    torch.manual_seed(args.seed % 2 ** 63)  # torch takes no longer seeds
     backbone = models.build(args.arch, args.stem)
     untrained = to_evaluate(copy.deepcopy(backbone), device)  # for the report
     if args.zero_init:
@@ -270,8 +277,8 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     if device.type == "cpu":
         models.speed_up_small_maps(moco)
     dtype = choose_dtype(args.precision, device, args.arch)
-    # A fused step saves a twentieth of the time on a CPU, and leaves the rate on the device. In
-    # float16, where a step that overflows is skipped, its momentum would keep the overflow.
+    # A fused step of SGD saves a twentieth of the time on a CPU, and on a GPU it reads the rate
+    # from the device. But where float16 overflows, the overflow would stay in the momentum.
     fused = device.type in ("cpu", "cuda") and dtype != torch.float16
     optimizer = Muon(moco.encoder_q, args.lr, args.muon, args.wd, fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -334,9 +341,9 @@ def pretrain(args, out, is_resumed, start, train, test, device):
 # --------------------------------------------------------------------------- 4. networks, optimizer
 
 def choose_dtype(precision, device, arch):
-    """The type in which the networks compute. auto: on a GPU bfloat16, or float16 if it has none
-    (T4); on a CPU that has bfloat16 that for ResNets, since depthwise convolutions are slower in it
-    there; else float32."""
+    """The type in which the networks compute. auto: on a GPU bfloat16, or float16 if the GPU has no
+    bfloat16 (T4); on a CPU bfloat16 for ResNets, if the CPU has it, since depthwise convolutions
+    are slower in it there; else float32."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
@@ -346,8 +353,8 @@ def choose_dtype(precision, device, arch):
     return torch.bfloat16 if has_it and arch.startswith("resnet") else torch.float32
 
 class Muon(torch.optim.SGD):
-    """SGD with momentum; with `muon` > 0, weights of dense convolutions between BatchNorms move by
-    orthogonal matrices at that rate instead (Jordan et al. 2024).
+    """SGD with momentum. With `muon` > 0, the weights of dense convolutions that BatchNorm follows
+    move by nearly orthogonal matrices at that rate instead (Jordan et al. 2024).
 
     A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
     moves a layer equally far in all, and features that few images ask for are learned as soon.
@@ -358,8 +365,9 @@ class Muon(torch.optim.SGD):
     def __init__(self, net, lr, muon, wd, fused=False):
         convolutions = []
         for layer in net.modules():
-            is_dense = isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.bias is None
-            if muon > 0 and is_dense and layer.in_channels > 3:  # not the first one, on colors
+            is_dense = isinstance(layer, nn.Conv2d) and layer.groups == 1
+            # only convolutions without a bias have a BatchNorm; the first one, on colors, stays out
+            if muon > 0 and is_dense and layer.bias is None and layer.in_channels > 3:
                 convolutions.append(layer.weight)
         chosen = set(convolutions)
         others = [w for w in net.parameters() if w not in chosen]
@@ -387,14 +395,15 @@ class Muon(torch.optim.SGD):
         super().step()
 
 def orthogonal(g):
-    """U V^T of a matrix g = U S V^T, nearly: most of its singular values are 0.7 to 1.2.
+    """U V^T of a matrix g = U S V^T, nearly: most singular values become 0.7 to 1.2.
 
     Five of Jordan's Newton-Schulz steps  x <- p(a) x,  a = x x^T,  p(a) = 3.4445 - 4.775 a +
     2.0315 a^2.  All a and p(a) commute, so the steps are taken on the small square a, and x is
     multiplied once. That takes a fifth to two thirds of the time of the usual loop.
 
-    A matrix of more than 160 rows is cut into parts, and each is made orthogonal by itself. That
-    takes a third of the time for a ResNet-18, which learns as well so.
+    A matrix of more than 160 rows is cut into parts, and each part is made orthogonal by itself.
+    The whole is then no longer orthogonal, with singular values up to about 2. But that takes a
+    third of the time on a ResNet-18, which learns just as well.
     """
     if len(g) > g.shape[1]:
         return orthogonal(g.T).T
@@ -492,7 +501,8 @@ def save_views(images, args, path):
     """A grid: eight images (top) and two views of each, as the network sees them."""
     from torchvision.utils import save_image
     batch = load_batch(images, args, step=0)
-    batch |= dict(key_pixels=batch["query_pixels"], key_shapes=batch["query_shapes"])  # unshuffled
+    # the same images in both rows; the second views are as random as in training, but others
+    batch |= dict(key_pixels=batch["query_pixels"], key_shapes=batch["query_shapes"])
     rows = [data.center(batch["query_pixels"], args.size, batch["query_shapes"])]
     rows += make_views(batch, args)
     views = torch.cat([row[:8].cpu() for row in rows])
@@ -541,7 +551,7 @@ def refuse_differences(args, moco, first, dtype):
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, facts)
     for what in facts:
-        values = [facts.get(what) for facts in everyone]
+        values = [theirs.get(what) for theirs in everyone]
         if values.count(values[0]) < len(values):
             raise InputError(f"{what}: the processes have {values}; give all nodes the same flags, "
                              "images and run")
@@ -552,13 +562,13 @@ def stop_if_diverged(loss, moco, step, args):
     if not (math.isfinite(loss) and all(w.isfinite().all() for w in weights)):
         raise InputError(
             f"the loss is {loss:g} at step {step + 1}, and weights have grown without bound; lower "
-            f"--lr (now {args.lr:g}) or --muon, raise --temp, or add --warmup; last.pt in the "
+            f"--lr (now {args.lr:g}) or --muon, raise --temp, or add --warmup; a last.pt in the "
             "run's folder is from before")
 
 # ------------------------------------------------------------------------- 7. rules, flags, recipes
 #
-# A rule picks the value of an open flag from the flags above it and from the number n of images.
-# Its docstring is what --help says of it.
+# A rule picks the value of an open flag from the flags above it in FLAGS and from the number n of
+# images. (Only pick_epochs looks below, at typed --steps.) Its docstring is what --help says of it.
 
 def epoch_steps(args, n):
     """Steps of an epoch; the last incomplete batch is dropped."""
@@ -571,7 +581,7 @@ def pick_batch(args, n):
     return math.ceil(batch / world) * world
 
 def pick_epochs(args, n):
-    """75,000 images of 32 pixels, 10 to 200 epochs"""
+    """as many as show 75,000 images of 32 pixels, but 10 to 200"""
     if args.steps is not None:
         return math.ceil(args.steps / epoch_steps(args, n))
     return max(10, min(200, 2_400_000 // args.size // n))
@@ -585,7 +595,7 @@ def pick_imagenet_stem(args, n):
     return "imagenet"  # by a rule, since --init brings a stem of its own
 
 def pick_stem(args, n):
-    """small from 5,000 steps on, up to 64 pixels"""
+    """small if there are 5,000 steps or more and at most 64 pixels, else imagenet"""
     # its larger maps take several times as long, and pay in long runs
     return "imagenet" if args.steps < 5_000 or args.size > 64 else "small"
 
@@ -599,7 +609,7 @@ def pick_lr(args, n):
     return round(0.03 * args.batch / 256, 5)
 
 def pick_warmup(args, n):
-    """2, or a seventh of the run"""
+    """the smaller of 2 and a seventh of the run"""
     # a network that outruns its keys has no time to recover
     return round(min(2, args.steps / epoch_steps(args, n) / 7), 4)
 
@@ -626,7 +636,7 @@ def pick_queue(args, n):
     return max(args.batch, min(max(2 * args.batch, longest), n // 8))
 
 def pick_bn_splits(args, n):
-    """8 of at least 64 images, and at least 2"""
+    """8, or as many as have 64 images, but at least 2"""
     world = rank_world()[1]
     splits = min(8, args.batch // 2, max(2, args.batch // 64))
     splits = max(1, splits // world) * world  # as many on each process
@@ -655,7 +665,8 @@ SWITCH = dict(action=argparse.BooleanOptionalAction)
 FLAGS = [  # name, kind, MoCo v2's value or the rule that picks it, help
     ("data", TEXT, "letters", "letters, cifar10, cifar100, stl10, or a folder"),
     ("root", TEXT, "data", "folder of downloaded and decoded data sets"),
-    ("size", WHOLE, None, "side of a view [the images' own, at most 224, on a CPU 64]"),
+    ("size", WHOLE, None, "side of a view [letters: 32; a folder: its median side, within 32 to "
+     "224, on a CPU 32 to 64; other sets: their own]"),
     ("keep", WHOLE, None, "side of a stored image [its own, from --size to 1.5 --size]"),
     ("arch", dict(choices=list(models.ARCHS)), "mobilenetv3", "the backbone"),
     ("head", dict(choices=models.HEADS), "simple", "the projection head"),
@@ -670,7 +681,7 @@ FLAGS = [  # name, kind, MoCo v2's value or the rule that picks it, help
     ("momentum", SHARE, pick_momentum, "m of the key encoder"),
     ("queue", WHOLE, pick_queue, "number K of keys"),
     ("bn_splits", WHOLE, pick_bn_splits, "parts of the keys for BatchNorm"),
-    ("weak_keys", SWITCH, False, "keys are of views without color changes and blur (Wang 2022)"),
+    ("weak_keys", SWITCH, False, "keys are of views that are only cropped and flipped (Wang 2022)"),
     ("crop", dict(type=share, nargs=2), [0.2, 1.0], "smallest and largest area of a crop"),
     ("jitter", NUMBER, 0.4, "of brightness, contrast and saturation"),
     ("hue", SHARE, 0.1, "jitter of hue, in turns"),
@@ -689,7 +700,7 @@ FLAGS = [  # name, kind, MoCo v2's value or the rule that picks it, help
      "has it, else float32"),
 ]
 
-MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020
+MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020; the rules are ours
 
 RECIPES = {  # the first one is the default
     # for minutes to hours: weak keys cost nothing and say more, the others make the start fast
@@ -705,9 +716,11 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     recipes = list(RECIPES)
-    parser.add_argument("--recipe", choices=recipes, help=f"of values below [{recipes[0]}]")
+    parser.add_argument("--recipe", choices=recipes,
+                        help=f"of default values [{recipes[0]}, whose values stand in brackets]")
     parser.add_argument("--out", help="folder of the run [runs/DATA-ARCH-N]")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, or begin it")
     for name, kind, _, text in FLAGS:
         value = RECIPES[recipes[0]][name]
         if callable(value):
@@ -769,7 +782,7 @@ def check(args, images):
          f"from {2 * world} to the {n} images there are, and a multiple of {world} processes"),
         ("queue", args.batch <= args.queue <= n,
          f"from the {args.batch} keys of a step to the {n} images there are"),
-        ("bn_splits", splits % world == args.batch % splits == 0 and 2 * splits <= args.batch,
+        ("bn_splits", splits % world == 0 and args.batch % splits == 0 and 2 * splits <= args.batch,
          f"a multiple of {world} processes, and cut --batch {args.batch} into parts of 2 or more"),
         ("crop", args.crop[0] <= args.crop[1], "the smaller area, then the larger one"),
         # below that, float32 could not hold the weight of an own key in the softmax

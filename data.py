@@ -556,7 +556,7 @@ def decode_files(paths, side, file):
             output.seek(0)
             output.write(shapes)
         if not shapes.any():
-            raise InputError(f"--data: of {len(paths):,} files none is readable, such as {paths[0]}")
+            raise InputError(f"--data: none of {len(paths):,} is readable, such as {paths[0]}")
         os.replace(temporary, file)
     except OSError as error:
         raise InputError(f"--root: {error}; make room, or name another --root") from None

@@ -243,7 +243,7 @@ def knn_table(train_x, train_y, test_x, test_y, classes):
     return table
 
 def folder_of(name):
-    """The folder of a checkpoint: a run itself, the folder of a file, runs/random or runs/pixels."""
+    """The folder of a checkpoint: the run itself, that of a file, runs/random or runs/pixels."""
     path = Path(name)
     if name in UNTRAINED:
         path = Path("runs", name)

@@ -640,7 +640,7 @@ def pick_bn_splits(args, n):
     world = rank_world()[1]
     splits = min(8, args.batch // 2, max(2, args.batch // 64))
     splits = max(1, splits // world) * world  # as many on each process
-    while args.batch % splits != 0:
+    while splits > world and args.batch % splits != 0:
         splits -= world
     return splits
 
@@ -753,6 +753,8 @@ def flags_of_the_run(args):
     if args.resume and args.out is None:
         raise InputError("--resume: name the run's folder with --out")
     if args.out is None or not (Path(args.out) / "args.json").is_file():
+        if args.resume and (Path(args.out) / "last.pt").exists():
+            raise InputError(f"--out {args.out}: holds last.pt, but not the args.json of its run")
         return args
     if not args.resume:
         raise InputError(f"--out {args.out}: holds a run; go on with it (--resume), or name "

@@ -778,6 +778,8 @@ def test_open_flags_follow_the_number_of_images():
     assert published.items() <= vars(args).items()
     for n, world in ((5, 1), (9, 2), (16, 8), (63, 8), (100, 3)):
         filled(n, world=world)
+    with pytest.raises(InputError, match="--batch 9: must be .* a multiple of 2"):
+        filled(100, "--batch", "9", world=2)
 
 def test_a_run_end_to_end(labelled, tmp_path, capsys):
     run(*labelled, "--epochs", 2, "--out", tmp_path / "run")
@@ -977,6 +979,9 @@ def test_a_run_keeps_its_flags(tiny, tmp_path):
             run(*out, "--resume")
     picture(32, 32, seed=9).save(tmp_path / "flat/0 é.jpg", quality=30)
     with pytest.raises(InputError, match="other images"):
+        run(*out, "--resume")
+    (tmp_path / "run/args.json").unlink()
+    with pytest.raises(InputError, match="holds last.pt, but not the args.json"):
         run(*out, "--resume")
 
 def test_runs_inside_the_data_folder_are_no_data(tiny, tmp_path, monkeypatch):

@@ -760,6 +760,10 @@ def flags_of_the_run(args):
         raise InputError(f"--out {args.out}: holds a run; go on with it (--resume), or name "
                          "another folder")
     saved = read_json(Path(args.out) / "args.json")
+    for name, kind, _, _ in FLAGS:
+        types = (int, float, list) if "type" in kind else (str, bool)
+        if not isinstance(saved.get(name), (*types, type(None))):
+            raise InputError(f"{args.out}/args.json: has the {name} {saved[name]!r}; correct it")
     for name, value in vars(args).items():
         if name in ("out", "resume", "data", "root", "device", "precision", "save_every",
                     "knn_every"):

@@ -980,6 +980,9 @@ def test_a_run_keeps_its_flags(tiny, tmp_path):
     picture(32, 32, seed=9).save(tmp_path / "flat/0 é.jpg", quality=30)
     with pytest.raises(InputError, match="other images"):
         run(*out, "--resume")
+    (tmp_path / "run/args.json").write_text('{"size": "32"}')
+    with pytest.raises(InputError, match="args.json: has the size '32'"):
+        run(*out, "--resume")
     (tmp_path / "run/args.json").unlink()
     with pytest.raises(InputError, match="holds last.pt, but not the args.json"):
         run(*out, "--resume")

@@ -79,8 +79,8 @@ def uniformity(x):
 def intra_class_alignment(x, y):
     """Mean squared distance of the pairs of a class, averaged over the classes y of x (N, D): 0
     to 4. NaN if no class has two images. Shi et al. 2022."""
-    x = unit(x).cpu()
-    means = [torch.pdist(x[y.cpu() == c]).square().mean() for c in y.unique()]
+    x, y = unit(x).cpu(), y.cpu()
+    means = [torch.pdist(x[y == c]).square().mean() for c in y.unique()]
     return torch.stack(means).nanmean()  # a class of one image has no pair
 
 def cosines(x, y, most=1000):

@@ -365,13 +365,16 @@ def main(argv=None):
     for name in sorted(names, key=UNTRAINED.__contains__):
         checkpoints.append(open_checkpoint(name, args, like=first))
         first = checkpoints[0]
+    loaded = {}  # all networks of one size see the same images in memory
     results = {}
     samples = {}
     for checkpoint in checkpoints:
         name = checkpoint.name
-        train, held, size = data.load(checkpoint.data, args.root, checkpoint.size, checkpoint.keep,
-                                      device)
-        move_to_device(train, held)
+        if checkpoint.size not in loaded:
+            images = data.load(checkpoint.data, args.root, checkpoint.size, checkpoint.keep, device)
+            move_to_device(*images[:2])
+            loaded[checkpoint.size] = images
+        train, held, size = loaded[checkpoint.size]
         if train.classes:
             check_labels(train, held, checkpoint.data)
         print0(f"{name}: {checkpoint.arch} at {size} pixels on {checkpoint.data}")

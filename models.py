@@ -360,10 +360,19 @@ class DenseOfSmallMaps(nn.Conv2d):
         return y.view(len(x), len(outputs), len(outputs), -1).permute(0, 3, 1, 2)  # channels_last
 
 class DepthwiseOfSmallMaps(nn.Conv2d):
-    """One kernel a channel. Of a 1x1 map only the middle tap meets something."""
+    """One kernel a channel. On maps smaller than the kernel, taps that meet only padding are cut.
+    Padding that the convolution itself adds would keep oneDNN from its fast gradient of the
+    weights: that took a third of a step of MobileNetV3-Small at 32 pixels."""
 
     def forward(self, x):
-        if x.shape[2:] != (1, 1):
+        kernel = self.kernel_size[0]
+        reach = max(x.shape[2:]) - 1  # of the farthest tap that meets something
+        if reach + 1 >= kernel:
             return super().forward(x)
-        middle = self.kernel_size[0] // 2
-        return x * self.weight[:, 0, middle, middle, None, None].to(x.dtype)
+        pad = min(kernel // 2, reach)
+        cut = kernel // 2 - pad
+        weight = self.weight[:, :, cut:kernel - cut, cut:kernel - cut]
+        if pad == 0:  # a 1x1 map meets one tap
+            return x * weight.to(x.dtype).transpose(0, 1)
+        return F.conv2d(F.pad(x, (pad, pad, pad, pad)), weight, stride=self.stride,
+                        groups=self.groups)

@@ -91,6 +91,7 @@ class MoCo(nn.Module):
                 layer.splits = splits
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its row in the queue
+        self.register_buffer("hardness", torch.zeros(()))  # of the views: see `steer`
 
     @torch.no_grad()
     def update_key_encoder(self, m):
@@ -143,23 +144,16 @@ def info_nce_plain(q, k, queue, temperature):
 
 def info_nce(q, k, queue, temperature):
     """The same by one call of torch's attention, which never holds the N x K logits. Only q gets a
-    gradient.
+    gradient. It holds the mean of the keys u under their softmax weights w, which is what attention
+    computes. The own key differs from query to query, so it enters as one more coordinate. And as
+    the keys are the values, too, that coordinate of the result is the weight p of the own key:
 
-    The gradient of a log-sum-exp over keys is their mean under the softmax, which is what attention
-    computes with the queue as keys and as values. The own key differs from query to query, so it
-    enters as one more coordinate:
-
-        queries = [q, q.k]     keys = values = [[queue, 0], [0, 1]]
-
-    The last row meets each query with its own q.k. And since keys are the values, the last
-    coordinate of the result is that row's weight p in the softmax:
-
-        result = [sum_j w_j u_j, p]     loss = -log p     dloss/dq = (sum_j w_j u_j + (p - 1) k) / T
+        queries = [q, q.k]    keys = values = [[queue, 0], [0, 1]]    result = [sum_j w_j u_j, p]
+        loss = -log p         dloss/dq = (sum_j w_j u_j + (p - 1) k) / T
     """
     c = q.shape[1]
     with torch.no_grad():
-        # eight coordinates more, not one: on a GPU the width must be a multiple of eight
-        queries = F.pad(q, (0, 8))
+        queries = F.pad(q, (0, 8))  # not by one: on a GPU the width must be a multiple of eight
         queries[:, c] = (q * k).sum(1)
         keys = F.pad(queue, (0, 8, 0, 1))
         keys[-1, c] = 1
@@ -168,8 +162,7 @@ def info_nce(q, k, queue, temperature):
         p = result[:, c]
         loss = -p.log()  # p is above zero, as T is at least 0.03: see `check`
         gradient = (result[:, :c] + (p - 1)[:, None] * k) / temperature
-    # q - q.detach() is zero, but its gradient is one: this adds nothing to the loss and `gradient`
-    # to the gradient of q
+    # q - q.detach() is zero, but its gradient is one: the loss stays, q gets the gradient
     return (loss + ((q - q.detach()) * gradient).sum(1)).mean()
 
 @torch.no_grad()
@@ -188,7 +181,7 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
 
     -> (2,): the loss and the instance accuracy, each the mean over all processes.
     """
-    query_views, key_views = make_views(batch, args)
+    query_views, key_views = make_views(batch, args, moco.hardness)
     with autocast:
         q = encoder_q(query_views)
         moco.update_key_encoder(args.momentum)
@@ -202,7 +195,9 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
     scaler.update()
     optimizer.zero_grad()
     moco.enqueue(keys)
-    return mean_over_processes(torch.stack([loss.detach(), accuracy]))
+    loss, accuracy = mean_over_processes(torch.stack([loss.detach(), accuracy]))
+    steer(moco.hardness, accuracy, args.target)
+    return torch.stack([loss, accuracy])
 
 def load_batch(images, args, step):
     """What this process needs for a step, {name: tensor on the device}:
@@ -221,16 +216,30 @@ def load_batch(images, args, step):
     batch["key_u"] = to_device(u[1, keys], images.device)
     return batch
 
-def make_views(batch, args):
-    """-> query views and key views, (B / processes, 3, size, size) each."""
+def make_views(batch, args, hardness):
+    """-> query views and key views, (B / processes, 3, size, size) each.
+
+    A task that is nearly solved teaches no more. So at a `hardness` of 1, crops are as small as
+    0.08, as in MoCo v1, and weak keys have lost their lead: their colors change, too.
+    """
     flags = augmentation(args)
+    smallest, largest = args.crop
+    flags["crop"] = [smallest + hardness * (min(0.08, smallest) - smallest), largest]
     query_views = data.augment(batch["query_pixels"], batch["query_u"], args.size,
                                shapes=batch["query_shapes"], **flags)
-    if args.weak_keys:  # keys are of views that are only cropped and flipped
-        flags = dict(crop=args.crop, jitter=0, hue=0, gray=0, blur=0)
+    if args.weak_keys:  # keys of views that are, at a hardness of 0, only cropped and flipped
+        flags |= dict(jitter=hardness * args.jitter, hue=hardness * args.hue,
+                      gray=hardness * args.gray, blur=0)
     key_views = data.augment(batch["key_pixels"], batch["key_u"], args.size,
                              shapes=batch["key_shapes"], **flags)
     return query_views, key_views
+
+@torch.no_grad()
+def steer(hardness, accuracy, target):
+    """Let views be a little harder after a step whose instance accuracy is above `target`, else a
+    little easier, in place. If it is 0.1 above, the easiest views become the hardest ones in a
+    thousand steps."""
+    hardness.add_(0.01 * (accuracy - target)).clamp_(0, 1)
 
 def augmentation(args):
     """The flags that say how views are drawn, by the names of data.augment's arguments."""
@@ -291,7 +300,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         save(out / "args.json", json.dumps(vars(args), indent=1))
         save_views(train, args, out / "views.png")
     print0(f"{out}: {args.arch} on {device.type}, {len(train):,} images at {args.size} pixels, "
-           f"steps {first:,} to {args.steps:,}")
+           f"steps {first:,} to {args.steps:,}, {args.epochs} epochs (for a first look: fewer)")
     if first == 0:
         print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while "
                "real keys take the place of the random ones in the queue; then it should fall.")
@@ -321,7 +330,8 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         loss, accuracy = (sums / (done + 1)).tolist()
         seconds = time.monotonic() - progress.started
         entry = dict(epoch=epoch + 1, step=step + 1, minutes=minutes + seconds / 60, loss=loss,
-                     instance_accuracy=100 * accuracy, lr=optimizer.param_groups[0]["lr"].item(),
+                     instance_accuracy=100 * accuracy, hardness=moco.hardness.item(),
+                     lr=optimizer.param_groups[0]["lr"].item(),
                      images_per_s=(step + 1 - first) * args.batch / seconds)
         if epoch_ends:
             stop_if_diverged(loss, moco, step, args)
@@ -387,10 +397,12 @@ class Muon(torch.optim.SGD):
     def step(self):
         group = self.param_groups[1]
         for w in group["params"]:
-            momentum = self.state[w]["momentum_buffer"].mul_(0.95).add_(w.grad)
+            momentum = self.state[w]["momentum_buffer"]
+            torch.add(w.grad, momentum, alpha=0.95, out=momentum)
             g = w.grad.add(momentum, alpha=0.95).flatten(1)  # Nesterov's; a row for each output
-            move = orthogonal(g) * max(1, len(g) / g.shape[1]) ** 0.5
-            w.mul_(1 - 0.1 * group["lr"]).addcmul_(move.view_as(w), group["lr"], value=-1)
+            scale = max(1, len(g) / g.shape[1]) ** 0.5
+            w.mul_(1 - 0.1 * group["lr"])
+            w.addcmul_(orthogonal(g).view_as(w), group["lr"], value=-scale)
             w.grad = None  # so that SGD's step leaves w as it is
         super().step()
 
@@ -398,8 +410,9 @@ def orthogonal(g):
     """U V^T of a matrix g = U S V^T, nearly: most singular values become 0.7 to 1.2.
 
     Five of Jordan's Newton-Schulz steps  x <- p(a) x,  a = x x^T,  p(a) = 3.4445 - 4.775 a +
-    2.0315 a^2.  All a and p(a) commute, so the steps are taken on the small square a, and x is
-    multiplied once. That takes a fifth to two thirds of the time of the usual loop.
+    2.0315 a^2,  from x = g / |g| on. All a and p(a) commute, so the steps are taken on the small
+    square a, and g is multiplied once. That takes a fifth to two thirds of the time of the usual
+    loop.
 
     A matrix of more than 160 rows is cut into parts, and each part is made orthogonal by itself.
     The whole is then no longer orthogonal, with singular values up to about 2. But that takes a
@@ -410,15 +423,16 @@ def orthogonal(g):
     if len(g) > 160:
         parts = g.chunk(math.ceil(len(g) / 160))
         return torch.cat([orthogonal(part) for part in parts])
-    x = g / g.norm().clamp(min=1e-12)
-    a = x @ x.T
+    a = g @ g.T
+    square = a.trace().clamp(min=1e-24)  # |g|^2
+    a /= square
     one = torch.eye(len(a), dtype=a.dtype, device=a.device)
     p = product = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
     for _ in range(4):
         a = p @ a @ p  # x x^T of the x after that step
         p = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
         product = p @ product
-    return product @ x
+    return product / square.sqrt() @ g
 
 class Recorded:
     """A step on a GPU, recorded once as a CUDA graph, then replayed on other numbers in the same
@@ -504,7 +518,7 @@ def save_views(images, args, path):
     # the same images in both rows; the second views are as random as in training, but others
     batch |= dict(key_pixels=batch["query_pixels"], key_shapes=batch["query_shapes"])
     rows = [data.center(batch["query_pixels"], args.size, batch["query_shapes"])]
-    rows += make_views(batch, args)
+    rows += make_views(batch, args, torch.zeros((), device=images.device))
     views = torch.cat([row[:8].cpu() for row in rows])
     views = views * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
     views = F.interpolate(views, scale_factor=max(1, 96 // args.size))
@@ -581,10 +595,10 @@ def pick_batch(args, n):
     return math.ceil(batch / world) * world
 
 def pick_epochs(args, n):
-    """as many as show 75,000 images of 32 pixels, but 10 to 200"""
+    """as many as show a million images, but 10 to 200; of letters 14"""
     if args.steps is not None:
         return math.ceil(args.steps / epoch_steps(args, n))
-    return max(10, min(200, 2_400_000 // args.size // n))
+    return 14 if args.data == "letters" else max(10, min(200, 1_000_000 // n))
 
 def pick_steps(args, n):
     """by --epochs"""
@@ -595,9 +609,9 @@ def pick_imagenet_stem(args, n):
     return "imagenet"  # by a rule, since --init brings a stem of its own
 
 def pick_stem(args, n):
-    """small if there are 5,000 steps or more and at most 64 pixels, else imagenet"""
-    # its larger maps take several times as long, and pay in long runs
-    return "imagenet" if args.steps < 5_000 or args.size > 64 else "small"
+    """small for views below 64 pixels, of which the run shows a million, else imagenet"""
+    # its larger maps take two to three times as long, and pay in long runs
+    return "small" if n * args.epochs >= 1_000_000 and args.size < 64 else "imagenet"
 
 def pick_quick_lr(args, n):
     """0.8 T for 256 images"""
@@ -614,11 +628,9 @@ def pick_warmup(args, n):
     return round(min(2, args.steps / epoch_steps(args, n) / 7), 4)
 
 def pick_crop(args, n):
-    """0.2 1, in runs under 2,000 steps up to 0.35 1, from 10,000 on 0.08 1"""
-    # Two small crops have little in common, which takes long to learn. In long runs two larger ones
-    # are told from all others by their layout, and teach no more.
-    lowest = 0.08 if args.steps >= 10_000 else min(0.35, max(0.2, 400 / args.steps))
-    return [round(lowest, 3), 1.0]
+    """0.2 1, in runs under 2,000 steps up to 0.35 1"""
+    # two small crops have little in common, which takes long to learn
+    return [round(min(0.35, max(0.2, 400 / args.steps)), 3), 1.0]
 
 def pick_momentum(args, n):
     """1 - 200 / steps, 0.8 to 0.999"""
@@ -683,6 +695,7 @@ FLAGS = [  # name, kind, MoCo v2's value or the rule that picks it, help
     ("bn_splits", WHOLE, pick_bn_splits, "parts of the keys for BatchNorm"),
     ("weak_keys", SWITCH, False, "keys are of views that are only cropped and flipped (Wang 2022)"),
     ("crop", dict(type=share, nargs=2), [0.2, 1.0], "smallest and largest area of a crop"),
+    ("target", SHARE, 1.0, "instance accuracy above which views get harder; 1: never"),
     ("jitter", NUMBER, 0.4, "of brightness, contrast and saturation"),
     ("hue", SHARE, 0.1, "jitter of hue, in turns"),
     ("gray", SHARE, 0.2, "probability of grayscale"),
@@ -705,7 +718,8 @@ MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020; the 
 RECIPES = {  # the first one is the default
     # for minutes to hours: weak keys cost nothing and say more, the others make the start fast
     "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=0.02, wd=5e-4,
-                            stem=pick_stem, crop=pick_crop, lr=pick_quick_lr, warmup=pick_warmup),
+                            stem=pick_stem, crop=pick_crop, target=0.6, lr=pick_quick_lr,
+                            warmup=pick_warmup),
     "moco-v2": MOCO_V2,
     "small": MOCO_V2 | dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi 2022
 }
@@ -760,10 +774,6 @@ def flags_of_the_run(args):
         raise InputError(f"--out {args.out}: holds a run; go on with it (--resume), or name "
                          "another folder")
     saved = read_json(Path(args.out) / "args.json")
-    for name, kind, _, _ in FLAGS:
-        types = (int, float, list) if "type" in kind else (str, bool)
-        if not isinstance(saved.get(name), (*types, type(None))):
-            raise InputError(f"{args.out}/args.json: has the {name} {saved[name]!r}; correct it")
     for name, value in vars(args).items():
         if name in ("out", "resume", "data", "root", "device", "precision", "save_every",
                     "knn_every"):

@@ -219,15 +219,16 @@ def load_batch(images, args, step):
 def make_views(batch, args, hardness):
     """-> query views and key views, (B / processes, 3, size, size) each.
 
-    A task that is nearly solved teaches no more. So at a `hardness` of 1, crops are as small as
-    0.08, as in MoCo v1, and weak keys have lost their lead: their colors change, too.
+    `hardness`, a tensor, goes from 0 to 1. At 0 the views are as the flags say. At 1 the smallest
+    crop is 0.4 times as large, so 0.08 and not 0.2, as in MoCo v1, and weak keys change their
+    colors as queries do.
     """
     flags = augmentation(args)
     smallest, largest = args.crop
-    flags["crop"] = [smallest + hardness * (min(0.08, smallest) - smallest), largest]
+    flags["crop"] = [(1 - 0.6 * hardness) * smallest, largest]
     query_views = data.augment(batch["query_pixels"], batch["query_u"], args.size,
                                shapes=batch["query_shapes"], **flags)
-    if args.weak_keys:  # keys of views that are, at a hardness of 0, only cropped and flipped
+    if args.weak_keys:
         flags |= dict(jitter=hardness * args.jitter, hue=hardness * args.hue,
                       gray=hardness * args.gray, blur=0)
     key_views = data.augment(batch["key_pixels"], batch["key_u"], args.size,
@@ -236,9 +237,9 @@ def make_views(batch, args, hardness):
 
 @torch.no_grad()
 def steer(hardness, accuracy, target):
-    """Let views be a little harder after a step whose instance accuracy is above `target`, else a
-    little easier, in place. If it is 0.1 above, the easiest views become the hardest ones in a
-    thousand steps."""
+    """Change `hardness` in place: a task that is nearly solved teaches no more, so views become a
+    little harder after a step with an instance accuracy above `target`, else a little easier. If it
+    stays 0.1 above, the easiest views become the hardest ones in a thousand steps."""
     hardness.add_(0.01 * (accuracy - target)).clamp_(0, 1)
 
 def augmentation(args):

@@ -337,7 +337,7 @@ def speed_up_small_maps(net):
     return net
 
 class DenseOfSmallMaps(nn.Conv2d):
-    """Maps of 1x1 and 2x2 are one matrix product with the taps that meet them."""
+    """A 1x1 map, or a 2x2 map under a 3x3 kernel, is one matrix product with the taps it meets."""
 
     def forward(self, x):
         kernel = self.kernel_size[0]
@@ -360,13 +360,14 @@ class DenseOfSmallMaps(nn.Conv2d):
         return y.view(len(x), len(outputs), len(outputs), -1).permute(0, 3, 1, 2)  # channels_last
 
 class DepthwiseOfSmallMaps(nn.Conv2d):
-    """One kernel a channel. On maps smaller than the kernel, taps that meet only padding are cut.
-    Padding that the convolution itself adds would keep oneDNN from its fast gradient of the
-    weights: that took a third of a step of MobileNetV3-Small at 32 pixels."""
+    """A kernel for each channel. On maps smaller than the kernel, taps that meet only padding are
+    cut off, and what is left of the padding is added before the convolution. If the convolution
+    added it, oneDNN would take a slow way to the gradient of the weights: at 32 pixels, half of a
+    step of MobileNetV3-Small. For larger maps it takes a fast one."""
 
     def forward(self, x):
         kernel = self.kernel_size[0]
-        reach = max(x.shape[2:]) - 1  # of the farthest tap that meets something
+        reach = max(x.shape[2:]) - 1  # two pixels of the map are at most so far apart
         if reach + 1 >= kernel:
             return super().forward(x)
         pad = min(kernel // 2, reach)

@@ -24,7 +24,7 @@ Whatever the flags, this differs from MoCo v2 and its CIFAR-10 notebook in these
 - The images of a folder are stored, by default, at most 1.5 times as large as a view, and crops are
   cut from these.
 - Where they are not typed, batch, momentum, queue and BatchNorm splits follow rules of this file.
-- Images are evaluated whole, without the margin that is usual at 224 pixels.
+- The whole center square of an image is evaluated, without the margin that is usual at 224 pixels.
 """
 import argparse
 import contextlib
@@ -143,19 +143,22 @@ def info_nce_plain(q, k, queue, temperature):
     return F.cross_entropy(logits, labels)
 
 def info_nce(q, k, queue, temperature):
-    """The same by one call of torch's attention, which never holds the N x K logits. Only q gets a
-    gradient. It holds the mean of the keys u under their softmax weights w, which is what attention
-    computes. The own key differs from query to query, so it enters as one more coordinate. And as
-    the keys are the values, too, that coordinate of the result is the weight p of the own key:
+    """info_nce_plain by one call of torch's attention, which never holds the N x K logits. Only q
+    gets a gradient. With p the softmax weight of the own key k, and w_j those of the queue's u_j,
 
-        queries = [q, q.k]    keys = values = [[queue, 0], [0, 1]]    result = [sum_j w_j u_j, p]
-        loss = -log p         dloss/dq = (sum_j w_j u_j + (p - 1) k) / T
+        loss = -log p        dloss/dq = (sum_j w_j u_j + p k - k) / T
+
+    for each query. Such a weighted mean is what attention computes, but of the same keys for all
+    queries. So the own key enters by one more coordinate. There q has q.k, the queue has 0, and one
+    more row, which is 0 elsewhere, has 1:
+        queries = [q, q.k]   keys = values = [[queue, 0], [0, 1]]   result = [sum_j w_j u_j, p]
     """
     c = q.shape[1]
     with torch.no_grad():
-        queries = F.pad(q, (0, 8))  # not by one: on a GPU the width must be a multiple of eight
+        wider = 8 - c % 8  # not 1: on a GPU, the width must be a multiple of eight
+        queries = F.pad(q, (0, wider))
         queries[:, c] = (q * k).sum(1)
-        keys = F.pad(queue, (0, 8, 0, 1))
+        keys = F.pad(queue, (0, wider, 0, 1))
         keys[-1, c] = 1
         queries, keys = queries[None, None], keys[None, None]  # one head of one sequence
         result = F.scaled_dot_product_attention(queries, keys, keys, scale=1 / temperature)[0, 0]
@@ -170,14 +173,14 @@ def instance_accuracy(q, k, queue):
     """The share of queries whose own key is nearer than all keys of the queue. For speed, it is
     measured on the first 64 queries."""
     own = (q[:64] * k[:64]).sum(1)
-    nearest = (q[:64] @ queue.T).amax(1)
-    return (nearest < own).float().mean()
+    best = (q[:64] @ queue.T).amax(1)
+    return (own > best).float().mean()
 
 # ------------------------------------------------------------------------------------- 2. one step
 
 def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
-    """One step on the tensors of `load_batch`. `encoder_q` is moco.encoder_q, with several
-    processes wrapped in DDP.
+    """One step. `batch` is what `load_batch` returns. `encoder_q` is moco.encoder_q; where there
+    are several processes, DDP wraps it.
 
     -> (2,): the loss and the instance accuracy, each the mean over all processes.
     """
@@ -195,9 +198,9 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
     scaler.update()
     optimizer.zero_grad()
     moco.enqueue(keys)
-    loss, accuracy = mean_over_processes(torch.stack([loss.detach(), accuracy]))
-    steer(moco.hardness, accuracy, args.target)
-    return torch.stack([loss, accuracy])
+    means = mean_over_processes(torch.stack([loss.detach(), accuracy]))
+    steer(moco.hardness, means[1], args.target)
+    return means
 
 def load_batch(images, args, step):
     """What this process needs for a step, {name: tensor on the device}:
@@ -219,9 +222,9 @@ def load_batch(images, args, step):
 def make_views(batch, args, hardness):
     """-> query views and key views, (B / processes, 3, size, size) each.
 
-    `hardness`, a tensor, goes from 0 to 1. At 0 the views are as the flags say. At 1 the smallest
-    crop is 0.4 times as large, so 0.08 and not 0.2, as in MoCo v1, and weak keys change their
-    colors as queries do.
+    `hardness`, a tensor from 0 to 1, is set by `steer`. At 0 the views are as the flags say. At 1
+    the smallest crop has 0.4 times the area that --crop says (0.08 instead of 0.2), and weak keys
+    have colors as strong as those of queries. They are never blurred.
     """
     flags = augmentation(args)
     smallest, largest = args.crop
@@ -237,9 +240,9 @@ def make_views(batch, args, hardness):
 
 @torch.no_grad()
 def steer(hardness, accuracy, target):
-    """Change `hardness` in place: a task that is nearly solved teaches no more, so views become a
-    little harder after a step with an instance accuracy above `target`, else a little easier. If it
-    stays 0.1 above, the easiest views become the hardest ones in a thousand steps."""
+    """Change `hardness` in place: up after a step whose instance accuracy is above `target`, since
+    a task that is too easy teaches little, else down. An accuracy that stays 0.1 above the target
+    takes it from 0 to 1 in a thousand steps."""
     hardness.add_(0.01 * (accuracy - target)).clamp_(0, 1)
 
 def augmentation(args):
@@ -301,7 +304,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         save(out / "args.json", json.dumps(vars(args), indent=1))
         save_views(train, args, out / "views.png")
     print0(f"{out}: {args.arch} on {device.type}, {len(train):,} images at {args.size} pixels, "
-           f"steps {first:,} to {args.steps:,}, {args.epochs} epochs (for a first look: fewer)")
+           f"steps {first:,} to {args.steps:,}")
     if first == 0:
         print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while "
                "real keys take the place of the random ones in the queue; then it should fall.")
@@ -368,8 +371,8 @@ class Muon(torch.optim.SGD):
     move by nearly orthogonal matrices at that rate instead (Jordan et al. 2024).
 
     A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
-    moves a layer equally far in all, and features that few images ask for are learned as soon.
-    Weights that move so decay by a tenth of their rate, whatever `wd` is. The learning rates are
+    moves a layer equally far in all, and features that few images ask for are learned as early.
+    These weights have a weight decay of their own, 0.1, and not `wd`. The learning rates are
     tensors on the device, so a recorded step reads what `scale_rates` has written.
     """
 
@@ -399,25 +402,29 @@ class Muon(torch.optim.SGD):
         group = self.param_groups[1]
         for w in group["params"]:
             momentum = self.state[w]["momentum_buffer"]
-            torch.add(w.grad, momentum, alpha=0.95, out=momentum)
-            g = w.grad.add(momentum, alpha=0.95).flatten(1)  # Nesterov's; a row for each output
-            scale = max(1, len(g) / g.shape[1]) ** 0.5
-            w.mul_(1 - 0.1 * group["lr"])
-            w.addcmul_(orthogonal(g).view_as(w), group["lr"], value=-scale)
+            torch.add(w.grad, momentum, alpha=0.95, out=momentum)  # grad + 0.95 momentum
+            g = w.grad.add(momentum, alpha=0.95)  # Nesterov: grad + 0.95 of the new momentum
+            g = g.flatten(1)  # a row for each output channel
+            scale = max(1, len(g) / g.shape[1]) ** 0.5  # as in Jordan's
+            w.mul_(1 - 0.1 * group["lr"])  # weight decay
+            w.addcmul_(orthogonal(g).view_as(w), group["lr"], value=-scale)  # w -= scale lr U V^T
             w.grad = None  # so that SGD's step leaves w as it is
         super().step()
 
 def orthogonal(g):
     """U V^T of a matrix g = U S V^T, nearly: most singular values become 0.7 to 1.2.
 
-    Five of Jordan's Newton-Schulz steps  x <- p(a) x,  a = x x^T,  p(a) = 3.4445 - 4.775 a +
-    2.0315 a^2,  from x = g / |g| on. All a and p(a) commute, so the steps are taken on the small
-    square a, and g is multiplied once. That takes a fifth to two thirds of the time of the usual
-    loop.
+    Jordan's Newton-Schulz loop begins with x = g / |g| (Frobenius) and takes five steps
 
-    A matrix of more than 160 rows is cut into parts, and each part is made orthogonal by itself.
-    The whole is then no longer orthogonal, with singular values up to about 2. But that takes a
-    third of the time on a ResNet-18, which learns just as well.
+        x <- p(a) x        a = x x^T        p(a) = 3.4445 - 4.775 a + 2.0315 a^2
+
+    Here x is never formed. As p(a) is symmetric, the next a is p(a) a p(a). All are small squares
+    of the shorter side of g, and g is multiplied once, by the product of the five p(a). That takes
+    a fifth to two thirds of the time of Jordan's loop.
+
+    A shorter side above 160 is cut into parts, each of which is made orthogonal by itself. The
+    whole then has singular values up to about 2. On a ResNet-18 that takes a third of the time, and
+    the network learns as well.
     """
     if len(g) > g.shape[1]:
         return orthogonal(g.T).T
@@ -428,6 +435,7 @@ def orthogonal(g):
     square = a.trace().clamp(min=1e-24)  # |g|^2
     a /= square
     one = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    # the first of the five steps
     p = product = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
     for _ in range(4):
         a = p @ a @ p  # x x^T of the x after that step
@@ -493,7 +501,7 @@ def report(out, learned, untrained, train, test, args):
         print0(f"(% of {len(test):,} held-out images, {len(train.classes)} classes)\n\n"
                f"python linear_eval.py {out}       # more numbers")
     print0(f"python analyze.py {out} random    # a map of the images, and the feature space\n"
-           f"{out}/backbone.pt is the network, with torchvision's names; views.png, what it saw")
+           f"{out}/backbone.pt is the network, with torchvision's names; views.png, its first views")
 
 def in_words(numbers):
     """{name: number} as a line."""
@@ -549,7 +557,8 @@ def restore(path, moco, optimizer, scaler):
             scaler.load_state_dict(last["scaler"])
         step, log = int(last["step"]), list(last["log"])
     except Exception:  # whatever else a file may hold
-        raise InputError(f"{path}: not of the run that args.json beside it describes") from None
+        raise InputError(f"{path}: not of the run that args.json beside it describes, or of an "
+                         "older pretrain.py") from None
     for group, kept in zip(optimizer.param_groups, groups):
         group.update(kept)  # rates on this device, which a recorded step reads
     return step, log
@@ -596,10 +605,10 @@ def pick_batch(args, n):
     return math.ceil(batch / world) * world
 
 def pick_epochs(args, n):
-    """as many as show a million images, but 10 to 200; of letters 14"""
+    """as many as show a million images, but 10 to 200; for letters 14"""
     if args.steps is not None:
         return math.ceil(args.steps / epoch_steps(args, n))
-    return 14 if args.data == "letters" else max(10, min(200, 1_000_000 // n))
+    return 14 if args.data == "letters" else max(10, min(200, math.ceil(1_000_000 / n)))
 
 def pick_steps(args, n):
     """by --epochs"""
@@ -610,9 +619,10 @@ def pick_imagenet_stem(args, n):
     return "imagenet"  # by a rule, since --init brings a stem of its own
 
 def pick_stem(args, n):
-    """small for views below 64 pixels, of which the run shows a million, else imagenet"""
-    # its larger maps take two to three times as long, and pay in long runs
-    return "small" if n * args.epochs >= 1_000_000 and args.size < 64 else "imagenet"
+    """small if the run shows about a million images, in views below 64 pixels, else imagenet"""
+    # its maps are larger: a step of a MobileNet takes two to three times as long; long runs gain
+    # (an epoch drops its last incomplete batch, so a million images are 950,000 or more)
+    return "small" if args.steps * args.batch > 900_000 and args.size < 64 else "imagenet"
 
 def pick_quick_lr(args, n):
     """0.8 T for 256 images"""
@@ -629,8 +639,8 @@ def pick_warmup(args, n):
     return round(min(2, args.steps / epoch_steps(args, n) / 7), 4)
 
 def pick_crop(args, n):
-    """0.2 1, in runs under 2,000 steps up to 0.35 1"""
-    # two small crops have little in common, which takes long to learn
+    """from 0.2 to 1; in runs under 2,000 steps from up to 0.35"""
+    # what two small crops of an image share takes longer to find than a short run has
     return [round(min(0.35, max(0.2, 400 / args.steps)), 3), 1.0]
 
 def pick_momentum(args, n):
@@ -640,7 +650,7 @@ def pick_momentum(args, n):
     return round(min(0.999, max(0.8, 1 - 200 / args.steps)), 4)
 
 def pick_queue(args, n):
-    """a tenth of the images, and no keys staler than MoCo's"""
+    """a tenth of the images, no keys staler than MoCo's, but two batches at least"""
     # MoCo's queue spans 256 steps, in which f_k moves by 256 (1 - m) = 0.256. With an eighth of the
     # images or less, fewer than 1 % of the queries meet a key of their own image, from the end of
     # the epoch before.
@@ -694,9 +704,12 @@ FLAGS = [  # name, kind, MoCo v2's value or the rule that picks it, help
     ("momentum", SHARE, pick_momentum, "m of the key encoder"),
     ("queue", WHOLE, pick_queue, "number K of keys"),
     ("bn_splits", WHOLE, pick_bn_splits, "parts of the keys for BatchNorm"),
-    ("weak_keys", SWITCH, False, "keys are of views that are only cropped and flipped (Wang 2022)"),
-    ("crop", dict(type=share, nargs=2), [0.2, 1.0], "smallest and largest area of a crop"),
-    ("target", SHARE, 1.0, "instance accuracy above which views get harder; 1: never"),
+    ("weak_keys", SWITCH, False, "keys are of views only cropped and flipped (Wang 2022), until "
+     "--target makes them harder"),
+    ("crop", dict(type=share, nargs=2), [0.2, 1.0], "smallest and largest area of a crop, before "
+     "--target makes them harder"),
+    ("target", SHARE, 1.0, "instance accuracy above which crops get smaller and weak keys get "
+     "colors; 1: never"),
     ("jitter", NUMBER, 0.4, "of brightness, contrast and saturation"),
     ("hue", SHARE, 0.1, "jitter of hue, in turns"),
     ("gray", SHARE, 0.2, "probability of grayscale"),
@@ -761,7 +774,8 @@ def apply_rules(args, n):
             setattr(args, name, rule(args, n))
             picked.append(f"{name} {getattr(args, name)}")
     if picked:
-        print0(f"--recipe {args.recipe}, for {n:,} images: {', '.join(picked)}")
+        print0(f"--recipe {args.recipe}, for {n:,} images: {', '.join(picked)} (a typed flag wins, "
+               "such as fewer --epochs for a first look)")
 
 def flags_of_the_run(args):
     """A run that goes on keeps its flags; only where and how it runs may be typed anew."""

@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  (before there is a process group, so that it can end)
+import torch.distributed.nn  # noqa: F401  (imported later, it would keep a group from ending)
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ------------------ 1. augmentation: a function of a batch of images and of uniform random numbers
@@ -65,7 +65,8 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
     and widths that the images had before they were stored as squares; None: they were squares.
 
     All but the clipping to black and white is linear: one matrix acts on the rows of an image, one
-    on its columns, one on its colors. For that, blur comes before the clipping and not after it.
+    on its columns, one on its colors. So that blur can be part of two of them, it comes before the
+    clipping. crop, jitter, hue and gray may also be tensors () on the device.
     """
     n, _, side, _ = images.shape
     if shapes is None:
@@ -96,7 +97,8 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
 def center(images, size, shapes=None):
     """Views (n, 3, size, size) for evaluation of images (n, 3, S, S) uint8: the center squares.
 
-    A square is as high or as wide as its image. (At 224 pixels it is usual to cut off a margin.)
+    The square is the largest that fits into the image. (At 224 pixels it is usual to cut off a
+    margin.)
     """
     if shapes is None:
         shapes = torch.full((len(images), 2), images.shape[-1], device=images.device).float()

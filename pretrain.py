@@ -9,11 +9,11 @@ The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), for small network
 Read it from top to bottom: the method, one step, the training loop. Then, as needed: networks and
 optimizer, monitor and report, the run's folder, rules, flags and recipes.
 
-Whatever the flags, this differs from MoCo v2 and its CIFAR-10 notebook in these details:
+Whatever the flags, these details differ from MoCo v2, from its CIFAR-10 notebook, or from both:
 
-- Queries meet BatchNorm in the whole batch of a process (MoCo: in the 32 images of a GPU; the
-  notebook splits queries as it splits keys).
-- Each part of the keys updates the running statistics (the notebook averages the parts first).
+- BatchNorm of queries: over all queries of a process at once (MoCo: over the 32 of a GPU; the
+  notebook: in eight parts, as of keys).
+- BatchNorm of keys: each part updates the running statistics (the notebook averages them first).
 - All networks start as He et al. 2015 propose, which makes the weights of the head's Linears 2.45
   times as large as torch's default. The last Linear starts four times as large again.
 - BatchNorm has torch's momentum of 0.1 (torchvision's MobileNetV3: 0.01).
@@ -91,7 +91,7 @@ class MoCo(nn.Module):
                 layer.splits = splits
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its row in the queue
-        self.register_buffer("hardness", torch.zeros(()))  # of the views: see `steer`
+        self.register_buffer("hardness", torch.zeros(()))  # of views: see make_views and steer
 
     @torch.no_grad()
     def update_key_encoder(self, m):
@@ -117,7 +117,7 @@ class MoCo(nn.Module):
         order of the batch."""
         shuffled = gather(self.encoder_k(views))
         keys = torch.empty_like(shuffled)
-        keys[order] = shuffled  # undoes the shuffle
+        keys[order] = shuffled  # its i-th row is the key of the batch's row order[i]
         return keys
 
     @torch.no_grad()
@@ -189,7 +189,7 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
         q = encoder_q(query_views)
         moco.update_key_encoder(args.momentum)
         keys = moco.encode_keys(key_views, batch["order"])  # of all processes
-    k = rows_of_process(keys)
+    k = rows_of_process(keys)  # those of q
     loss = info_nce(q, k, moco.queue, args.temp)
     accuracy = instance_accuracy(q, k, moco.queue)
 
@@ -207,7 +207,8 @@ def load_batch(images, args, step):
 
     query_pixels, query_shapes, query_u: images whose queries it encodes, with their uniform numbers
     for a view (data.draw_step); key_pixels, key_shapes, key_u: the same for those whose keys it
-    encodes; order (B,): the shuffled order of the whole batch.
+    encodes; order (B,): the shuffled order of the whole batch. With one process both are the whole
+    batch, the second one shuffled.
     """
     rows, u, order = data.draw_step(len(images), args.batch, args.seed, step)
     queries = rows_of_process(torch.arange(args.batch))
@@ -253,7 +254,7 @@ def augmentation(args):
 
 def main(argv=None):
     args = parse(argv)
-    device = init_device(args.device)  # with several processes also their group
+    device = init_device(args.device)  # under torchrun, this also makes the group of processes
     train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device)
     out = Path(args.out or next_free_folder(args))
     is_resumed = args.resume and (out / "last.pt").exists()
@@ -380,13 +381,14 @@ class Muon(torch.optim.SGD):
         convolutions = []
         for layer in net.modules():
             is_dense = isinstance(layer, nn.Conv2d) and layer.groups == 1
-            # only convolutions without a bias have a BatchNorm; the first one, on colors, stays out
+            # in these networks, no bias means that BatchNorm follows; the first one, on colors,
+            # stays out
             if muon > 0 and is_dense and layer.bias is None and layer.in_channels > 3:
                 convolutions.append(layer.weight)
         chosen = set(convolutions)
         others = [w for w in net.parameters() if w not in chosen]
         groups = [dict(params=others, peak_lr=lr), dict(params=convolutions, peak_lr=muon)]
-        super().__init__(groups, lr, 0.9, weight_decay=wd, fused=fused)
+        super().__init__(groups, lr, momentum=0.9, weight_decay=wd, fused=fused)
         for group in self.param_groups:
             group["lr"] = torch.tensor(float(group["peak_lr"]), device=others[0].device)
         for w in convolutions:
@@ -483,8 +485,8 @@ def schedule(args, step, epoch_length):
 # --------------------------------------------------------------------------- 5. monitor and report
 
 def measure(network, train, test, args, with_probe=False):
-    """{name: %}: kNN (and linear) accuracy on held-out images; without labels, how many images are
-    found first by another view of themselves."""
+    """{name: %}: kNN (and linear) accuracy on held-out images; without labels, the share of images
+    that are the nearest ones to another view of themselves."""
     if test is None:
         return dict(found=found(network, train, args.size, **augmentation(args)))
     return judge(network, train, test, args.size, with_probe)
@@ -501,7 +503,7 @@ def report(out, learned, untrained, train, test, args):
         print0(f"(% of {len(test):,} held-out images, {len(train.classes)} classes)\n\n"
                f"python linear_eval.py {out}       # more numbers")
     print0(f"python analyze.py {out} random    # a map of the images, and the feature space\n"
-           f"{out}/backbone.pt is the network, with torchvision's names; views.png, its first views")
+           f"{out}/backbone.pt is the network, with torchvision's names; views.png, what it saw")
 
 def in_words(numbers):
     """{name: number} as a line."""
@@ -685,7 +687,8 @@ SHARE = dict(type=share)
 NUMBER = dict(type=float)
 SWITCH = dict(action=argparse.BooleanOptionalAction)
 
-FLAGS = [  # name, kind, MoCo v2's value or the rule that picks it, help
+# In the order in which rules pick: name, kind, MoCo v2's value or the rule that picks it, help.
+FLAGS = [
     ("data", TEXT, "letters", "letters, cifar10, cifar100, stl10, or a folder"),
     ("root", TEXT, "data", "folder of downloaded and decoded data sets"),
     ("size", WHOLE, None, "side of a view [letters: 32; a folder: its median side, within 32 to "

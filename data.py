@@ -94,14 +94,13 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
     x = x.clamp_(-mean / std, (1 - mean) / std)  # black and white
     return x.view(n, 3, size, size).contiguous(memory_format=layout(x.device))
 
-def center(images, size, shapes=None):
-    """Views (n, 3, size, size) for evaluation of images (n, 3, S, S) uint8: the center squares.
+def center(images, size, shapes):
+    """Views (n, 3, size, size) for evaluation of images (n, 3, S, S) uint8 that had the heights and
+    widths shapes (n, 2): the center squares.
 
     The square is the largest that fits into the image. (At 224 pixels it is usual to cut off a
     margin.)
     """
-    if shapes is None:
-        shapes = torch.full((len(images), 2), images.shape[-1], device=images.device).float()
     shortest = shapes.amin(1, keepdim=True).expand_as(shapes)
     box = torch.cat([(shapes - shortest) / 2, shortest], 1)
     mean, std, _, _ = constants(images.device)
@@ -292,23 +291,18 @@ def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
     return *sets, size or pixels.shape[-1]
 
 def move_to_device(train, test):
-    """Move the pixels of both sets, in place, to their device if they need at most a third of the
-    memory that is free there: the rest is for the network.
+    """Move the pixels of both sets, in place, to their GPU if they need at most a third of the
+    memory that is free there: the rest is for the network. (A Mac's GPU gets batch after batch.)
 
     All processes must call it together, since all follow the one with the least room.
     """
     for images in (train, test):
-        if images is None or images.device.type == "cpu":
+        if images is None or images.device.type != "cuda":
             continue
-        fits = 3 * images.pixels.numel() < free_memory(images.device)
+        free, _ = torch.cuda.mem_get_info(images.device)
+        fits = 3 * images.pixels.numel() < free
         if gather(torch.tensor([fits], device=images.device)).all():
             images.pixels = images.pixels.to(images.device)
-
-def free_memory(device):
-    """Free bytes on a GPU; on a Mac, whose GPU shares the CPU's memory, half of all bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 # The classes of the letters. None is the mirror image of another, or the same at another size.
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabefghmnrty123456789#$%&*+<=?@[{(~^!;\""

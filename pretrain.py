@@ -713,7 +713,7 @@ FLAGS = [
      "--target makes them harder"),
     ("target", SHARE, 1.0, "instance accuracy above which crops get smaller and weak keys get "
      "colors; 1: never"),
-    ("jitter", NUMBER, 0.4, "of brightness, contrast and saturation"),
+    ("jitter", SHARE, 0.4, "of brightness, contrast and saturation"),
     ("hue", SHARE, 0.1, "jitter of hue, in turns"),
     ("gray", SHARE, 0.2, "probability of grayscale"),
     ("blur", SHARE, 0.5, "probability of Gaussian blur"),

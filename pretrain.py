@@ -73,10 +73,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        parts = []
-        for part in x.chunk(self.splits):
-            parts.append(super().forward(part))
-        return torch.cat(parts)
+        return torch.cat([nn.BatchNorm2d.forward(self, part) for part in x.chunk(self.splits)])
 
 class MoCo(nn.Module):
     """A query encoder that learns, a key encoder that follows it, and a queue of past keys."""

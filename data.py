@@ -352,8 +352,12 @@ def torchvision_set(name, root, is_train):
     flags = dict(train=is_train)
     if name == "stl10":
         flags = dict(split="train+unlabeled" if is_train else "test")
-    with locked(Path(root) / f"{name}.lock"):  # one process downloads, the others find the files
-        images = kind(root, download=True, **flags)
+    try:
+        with locked(Path(root) / f"{name}.lock"):  # one process downloads, the others find it there
+            images = kind(root, download=True, **flags)
+    except (OSError, RuntimeError) as error:  # no network, no room, or a damaged file
+        raise InputError(f"--data {name}: not in {root}, nor downloaded to it ({error}); try "
+                         "again, or name another --root") from None
     if name == "stl10":
         return torch.from_numpy(images.data), images.labels, list(images.classes)
     pixels = torch.from_numpy(images.data).permute(0, 3, 1, 2).contiguous()

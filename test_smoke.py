@@ -851,6 +851,7 @@ run --init torn.pt -> torn.pt
 run --init hostile.pt -> hostile.pt
 evaluate random --data few -> classes
 evaluate random --data unheld -> held-out
+run --data cifar10 --root text.pt -> --data cifar10
 evaluate random --labels many -> --labels
 evaluate random --labels 1.5 -> --labels
 evaluate mobile.pt -> --arch

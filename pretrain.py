@@ -220,7 +220,7 @@ def load_batch(images, args, step):
 def make_views(batch, args, hardness):
     """-> query views and key views, (B / processes, 3, size, size) each.
 
-    `hardness`, a tensor from 0 to 1, is set by `steer`. At 0 the views are as the flags say. At 1
+    `hardness`, from 0 to 1, is set by `steer`. At 0 the views are as the flags say. At 1
     the smallest crop has 0.4 times the area that --crop says (0.08 instead of 0.2), and weak keys
     have colors as strong as those of queries. They are never blurred.
     """
@@ -526,7 +526,7 @@ def save_views(images, args, path):
     # the same images in both rows; the second views are as random as in training, but others
     batch |= dict(key_pixels=batch["query_pixels"], key_shapes=batch["query_shapes"])
     rows = [data.center(batch["query_pixels"], args.size, batch["query_shapes"])]
-    rows += make_views(batch, args, torch.zeros((), device=images.device))
+    rows += make_views(batch, args, hardness=0)
     views = torch.cat([row[:8].cpu() for row in rows])
     views = views * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
     views = F.interpolate(views, scale_factor=max(1, 96 // args.size))

@@ -371,7 +371,7 @@ def main(argv=None):
     for checkpoint in checkpoints:
         name = checkpoint.name
         if checkpoint.size not in loaded:
-            images = data.load(checkpoint.data, args.root, checkpoint.size, checkpoint.keep, device)
+            images = data.load(checkpoint.data, args.root, checkpoint.size, device)
             move_to_device(*images[:2])
             loaded[checkpoint.size] = images
         train, held, size = loaded[checkpoint.size]

@@ -16,13 +16,11 @@ import argparse
 import ctypes
 import fcntl
 import hashlib
-import json
 import math
 import os
 import sys
 import time
 import zlib
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -253,28 +251,13 @@ class Images:
         pixels = self.pixels[to_device(rows, self.pixels.device)]
         return to_device(pixels, self.device), to_device(self.shapes[rows], self.device)
 
-    def prefetch(self, make, items):
-        """make(item) for each item. If the pixels are not on the device, a thread makes the next
-        one while the caller works on the one before."""
-        if self.pixels.device == self.device:
-            yield from map(make, items)
-            return
-        with ThreadPoolExecutor(1) as pool:
-            waiting = deque()
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) == 2:
-                    yield waiting.popleft().result()
-            for last in waiting:
-                yield last.result()
-
-def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
+def load(name, root="data", size=None, device=torch.device("cpu")):
     """The data set `name` -> training Images; held-out Images, None without labels; the side of a
     view in pixels. Processes need not call it together. See also `move_to_device`.
 
     `name` is letters, cifar10, cifar100, stl10 or a folder. Downloads and decoded images go to the
     folder `root`. A `size` of None is 32 for letters and the images' own side for the downloaded
-    sets. `keep` is the side at which the images of a folder are stored; for both see `load_folder`.
+    sets; for folders see `load_folder`.
     Raises InputError for what is not there or cannot be read.
     """
     if name == "letters":
@@ -282,7 +265,7 @@ def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
     elif name in ("cifar10", "cifar100", "stl10"):
         parts = [torchvision_set(name, root, is_train) for is_train in (True, False)]
     else:
-        return load_folder(Path(name), Path(root), size, keep, device)
+        return load_folder(Path(name), Path(root), size, device)
     sets = []
     for pixels, labels, classes in parts:
         shapes = torch.full((len(labels), 2), pixels.shape[-1]).float()
@@ -292,17 +275,12 @@ def load(name, root="data", size=None, keep=None, device=torch.device("cpu")):
 
 def move_to_device(train, test):
     """Move the pixels of both sets, in place, to their GPU if they need at most a third of the
-    memory that is free there: the rest is for the network. (A Mac's GPU gets batch after batch.)
-
-    All processes must call it together, since all follow the one with the least room.
-    """
+    memory that is free there: the rest is for the network. (A Mac's GPU gets batch after batch.)"""
     for images in (train, test):
-        if images is None or images.device.type != "cuda":
-            continue
-        free, _ = torch.cuda.mem_get_info(images.device)
-        fits = 3 * images.pixels.numel() < free
-        if gather(torch.tensor([fits], device=images.device)).all():
-            images.pixels = images.pixels.to(images.device)
+        if images is not None and images.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(images.device)
+            if 3 * images.pixels.numel() < free:
+                images.pixels = images.pixels.to(images.device)
 
 # The classes of the letters. None is the mirror image of another, or the same at another size.
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabefghmnrty123456789#$%&*+<=?@[{(~^!;\""
@@ -370,16 +348,16 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif",
 FORMATS = sorted({kind for extension, kind in Image.registered_extensions().items()
                   if extension in EXTENSIONS})
 
-def load_folder(folder, root, size, keep, device):
+def load_folder(folder, root, size, device):
     """The images of a folder -> training Images; held-out Images or None; the side of a view.
 
     The folder holds CLASS/*, or train/CLASS/* and perhaps test/CLASS/* or val/CLASS/*. If both have
     images, test/ counts and val/ does not. If neither has, `hold_out` picks some of each class.
-    If there are fewer than two classes, or if at least half of the images lie outside of the class
-    folders, the images have no labels: all train, and test/ and val/ do not count.
+    If there are fewer than two classes, or if any image lies outside of the class folders, the
+    images have no labels: all train, and test/ and val/ do not count.
 
     A `size` of None is the median of the images' shorter sides, rounded down to a multiple of 32,
-    within 32..224, or on a CPU within 32..64. A `keep` of None is that median within 1..1.5 times
+    within 32..224, or on a CPU within 32..64. Images are stored at that median, within 1..1.5 times
     the size: at 1.5 times few crops have to be enlarged.
     """
     if not folder.is_dir():
@@ -388,65 +366,45 @@ def load_folder(folder, root, size, keep, device):
     train = names = scan(folder)
     test = []
     parts = {first_folder(name) for name in names}
-    # where there are other folders, train/ is a class
-    if "train" in parts and parts <= {"", "train", "test", "val"}:
+    if "train" in parts and parts <= {"train", "test", "val"}:  # else train/ is a class
+        held_out = "test" if "test" in parts else "val"
         train_folder = folder / "train"
+        test_folder = folder / held_out
         train = below("train/", names)
-        for part in ("val", "test"):
-            if part in parts:
-                test_folder = folder / part
-                test = below(f"{part}/", names)
+        test = below(f"{held_out}/", names)
     if not train:
         raise InputError(f"--data {folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
-    classes = sorted({first_folder(name) for name in train} - {""})
-    loose = [name for name in train if "/" not in name]
-    if len(classes) < 2 or 2 * len(loose) >= len(train):
+    classes = sorted({first_folder(name) for name in train + test})
+    if len(classes) > 2 and "" in classes:
+        print0(f"no labels: of the images in {folder}, some lie outside of the class folders")
+    if len(classes) < 2 or "" in classes:
         classes = []
         test = []
-    else:
-        report(loose, "images beside the class folders")
-        train = [name for name in train if "/" in name]
-        test = [name for name in test if "/" in name]
-        if not test:
-            held = hold_out(train)
-            test_folder = train_folder
-            test = [name for name in train if name in held]
-            train = [name for name in train if name not in held]
-    for name in test:
-        if first_folder(name) not in classes:
-            raise InputError(f"--data {test_folder / name}: {train_folder} has no such class")
+    elif not test:
+        test_folder = train_folder
+        test = hold_out(train)
+        train = sorted(set(train) - set(test))
 
     side = median_side([train_folder / name for name in train])
     most = 64 if device.type == "cpu" else 224
     size = size or min(most, max(32, side // 32 * 32))
-    keep = keep or min(max(size, side), size * 3 // 2)
-    part = partial(decoded, classes=classes, side=keep, cache=root / "decoded", device=device)
+    side = min(max(size, side), size * 3 // 2)
+    part = partial(decoded, classes=classes, side=side, cache=root / "decoded", device=device)
     return part(train_folder, train), part(test_folder, test), size
 
 def scan(folder):
-    """The names below `folder`, in order, of the image files in it and in its folders.
-
-    Hidden files and folders do not count, nor do folders that these scripts wrote. Raises
-    InputError for a folder that cannot be read.
-    """
+    """The names below `folder`, sorted, of the image files in it and in its folders. Hidden files
+    and folders do not count, nor do folders with an args.json: these scripts wrote it."""
     found = []
-    results = []
-    visited = set()
     for here, folders, files in os.walk(folder, onerror=refuse_folder, followlinks=True):
-        names = [os.path.relpath(os.path.join(here, name), folder) for name in sorted(files)
-                 if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        real = os.path.realpath(here)
-        if "args.json" in files or "analysis.json" in files:
-            results += names
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "args.json" in files:
             folders.clear()
-        elif real in visited:  # links may form a loop
-            folders.clear()
-        else:
-            found += names
-        visited.add(real)
-    report(results, "images in folders of results, which have an args.json or analysis.json")
-    return found
+            continue
+        for name in files:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                found.append(os.path.relpath(os.path.join(here, name), folder))
+    return sorted(found)
 
 def refuse_folder(error):
     raise InputError(f"--data {error.filename}: {error.strerror}")
@@ -459,26 +417,16 @@ def below(folder, names):
     """The names that begin with `folder`, without it."""
     return [name.removeprefix(folder) for name in names if name.startswith(folder)]
 
-def report(names, what):
-    """Say which images do not count, if there are any: the first five of them."""
-    if names:
-        print0(f"left out {len(names)} {what}: {', '.join(names[:5])}")
-
 def hold_out(names):
-    """The set of those names CLASS/* that are held out: about every tenth, by a hash of the name,
-    so that one more file hardly ever moves another one to the other side. A class of two or more
-    images has at least one on each side.
-    """
-    held = set()
+    """Those of the sorted names CLASS/* that are held out: of each class a tenth, but at least one
+    image, and not the only one. A hash of the names picks them, so that one more file moves at most
+    one other to the other side."""
+    held = []
     for _, members in groupby(names, first_folder):
-        members = sorted(members, key=tenth)
-        wanted = sum(tenth(name) == 0 for name in members)
-        held.update(members[:min(max(wanted, 1), len(members) - 1)])
-    return held
-
-def tenth(name):
-    """A hash of a name within 0..9."""
-    return zlib.crc32(os.fsencode(name)) % 10
+        members = sorted(members, key=lambda name: zlib.crc32(os.fsencode(name)))
+        n = len(members)
+        held += members[:min(max(1, n // 10), n - 1)]
+    return sorted(held)
 
 def median_side(paths):
     """The median of the images' shorter sides, from the headers of 200 to 400 of them."""
@@ -500,71 +448,52 @@ def decoded(folder, names, classes, side, cache, device):
     if not names:
         return None
     paths = [folder / name for name in names]
-    states = [os.stat(path, follow_symlinks=path.exists()) for path in paths]
+    states = [path.stat() for path in paths]
     sizes = [(name, state.st_size) for name, state in zip(names, states)]
     times = [state.st_mtime_ns for state in states]
-    stem = "-".join(folder.resolve().parts[1:][-2:])
-    file = cache / f"{stem}-{side}px-{digest(sizes + times)}.pixels"
-    read = partial(read_decoded, file, len(paths), side)
-    found = read()
-    if found is None:
-        with locked(file.with_suffix(".lock")):  # which the first to come has while it decodes
-            found = read() or decode_files(paths, side, file)
-    pixels, shapes = found
+    file = cache / f"{folder.resolve().name}-{side}px-{digest(sizes + times)}.pixels"
+    if not file.exists():
+        with locked(file.with_suffix(".lock")):
+            if not file.exists():  # unless another process has just decoded them
+                decode_files(paths, side, file)
+    n = len(names)
+    shapes = torch.from_numpy(np.fromfile(file, np.float32, 2 * n)).view(n, 2)
+    # "c": whoever writes to the pixels changes a copy in memory, never the file
+    pixels = np.memmap(file, np.uint8, "c", offset=8 * n).reshape(-1, 3, side, side)
     is_readable = shapes[:, 0] > 0
-    report(list(compress(names, (~is_readable).tolist())), "unreadable images")
+    unreadable = list(compress(names, (~is_readable).tolist()))
+    if unreadable:
+        print0(f"left out {len(unreadable)} unreadable images: {', '.join(unreadable[:5])}")
     names = list(compress(names, is_readable.tolist()))
     number = {label: i for i, label in enumerate(classes)}
     labels = torch.tensor([number.get(first_folder(name), -1) for name in names])
-    fingerprint = f"{len(names)} {digest(sizes)}"
-    return Images(pixels, shapes[is_readable], labels, classes, device, fingerprint)
+    return Images(torch.from_numpy(pixels), shapes[is_readable], labels, classes, device,
+                  fingerprint=f"{len(names)} {digest(sizes)}")
 
 def digest(values):
     return hashlib.sha1(repr(values).encode()).hexdigest()[:16]
 
-def read_decoded(file, n, side):
-    """What `decode_files` wrote of n files: the pixels (rows, 3, side, side) uint8 of the readable
-    ones; heights and widths (n, 2) float32 of all, 0 where unreadable. None if it is not whole."""
-    if not file.exists():
-        return None
-    shapes = torch.from_numpy(np.fromfile(file, np.float32, 2 * n))
-    rows = int(shapes.count_nonzero()) // 2
-    if file.stat().st_size != 8 * n + rows * 3 * side * side:
-        return None
-    # "c": whoever writes to the pixels changes a copy in memory, never the file
-    pixels = np.memmap(file, np.uint8, "c", 8 * n, (rows, 3, side, side))
-    return torch.from_numpy(pixels), shapes.view(n, 2)
-
 def decode_files(paths, side, file):
-    """Decode the images into a file: first all heights and widths, then the pixels of those that
-    can be read. -> what `read_decoded` finds there."""
+    """Decode n images into a file: first heights and widths (n, 2) float32, 0 for an unreadable
+    image; then the pixels (3, side, side) uint8 of each readable one."""
     progress = Progress(len(paths))
-    progress.is_shown = True  # whichever process decodes
     shapes = np.zeros((len(paths), 2), np.float32)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as output, ThreadPool(min(16, os.cpu_count())) as pool:
-            output.write(shapes)
-            for first in range(0, len(paths), 256):  # at most 256 decoded images are in memory
-                images = pool.map(partial(decode, side=side), paths[first:first + 256])
-                for row, image in enumerate(images, first):
-                    if image is not None:
-                        pixels, *shapes[row] = image
-                        output.write(pixels.tobytes())
-                if progress.due():
-                    progress.show(first, f"decoding {first:,}/{len(paths):,} images")
-            output.seek(0)
-            output.write(shapes)
+    with writing(file) as output, ThreadPool(min(16, os.cpu_count())) as pool:
+        output.write(shapes)
+        for first in range(0, len(paths), 256):  # at most 256 decoded images are in memory
+            images = pool.map(partial(decode, side=side), paths[first:first + 256])
+            for row, image in enumerate(images, first):
+                if image is not None:
+                    pixels, *shapes[row] = image
+                    output.write(pixels.tobytes())
+            if progress.due():
+                print(progress.line(first, f"decoding {first:,}/{len(paths):,} images"), flush=True)
         if not shapes.any():
             raise InputError(f"--data: none of {len(paths):,} is readable, such as {paths[0]}")
-        os.replace(temporary, file)
-    except OSError as error:
-        raise InputError(f"--root: {error}; make room, or name another --root") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        output.seek(0)
+        output.write(shapes)
     seconds = time.monotonic() - progress.started
     print(f"decoded {len(paths):,} images in {seconds:.1f} s to {file}", flush=True)
-    return read_decoded(file, len(paths), side)
 
 # A large image may need 2 GB of memory, also where its file is small. So one thread decodes all of
 # them, one after the other. (A lock would not do: malloc keeps the memory of each thread.)
@@ -652,9 +581,7 @@ def init_device(name):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("choose from auto, cpu, cuda, cuda:1 and mps")
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
     libc = ctypes.CDLL(None)
@@ -714,23 +641,21 @@ def print0(line):
         print(line, flush=True)
 
 class Progress:
-    """How far a loop is, said every 20 seconds, by the first process."""
+    """How far a loop is, to be said every 20 seconds."""
 
     def __init__(self, total, done=0):
         self.total = total
         self.first = done
-        self.started = self.printed = time.monotonic()
-        self.is_shown = rank_world()[0] == 0
+        self.started = self.said = time.monotonic()
 
     def due(self):
-        return self.is_shown and time.monotonic() - self.printed > 20
+        return time.monotonic() - self.said > 20
 
-    def show(self, done, text):
-        """Print `text` and the time left, if the rest goes as fast as what is done."""
-        self.printed = time.monotonic()
-        seconds = (self.printed - self.started) / max(1, done - self.first) * (self.total - done)
-        if self.is_shown:
-            print(f"{text}  {timedelta(seconds=int(seconds))} left", flush=True)
+    def line(self, done, text):
+        """`text` and the time left, if the rest goes as fast as what is done."""
+        self.said = time.monotonic()
+        seconds = (self.said - self.started) / max(1, done - self.first) * (self.total - done)
+        return f"{text}  {timedelta(seconds=int(seconds))} left"
 
 @contextmanager
 def locked(path, wait=True):
@@ -750,18 +675,14 @@ def locked(path, wait=True):
             pass
         yield
 
-def save(path, content):
-    """Write a text or a torch file under a temporary name, then rename it: never half a file.
-
-    Raises OSError if it cannot be written.
-    """
+@contextmanager
+def writing(path):
+    """The file `path`, opened to be written. It has its name only when the `with` block has ended:
+    nobody ever sees half a file. Raises OSError if it cannot be written."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -770,6 +691,14 @@ def save(path, content):
         raise OSError(f"{path} could not be written; is the disk full? ({reason})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+def save(path, content):
+    """Write a text or a torch file."""
+    with writing(path) as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            torch.save(content, file)
 
 def load_file(path):
     """torch.load onto the CPU, which never runs code from the file; InputError if unreadable."""
@@ -780,13 +709,3 @@ def load_file(path):
     except Exception as error:  # cut off, no torch file, or one that would run code
         raise InputError(f"{path}: not read ({type(error).__name__}): torn, no checkpoint, or more "
                          "than tensors and plain values; save its state_dict() alone") from None
-
-def read_json(path):
-    """{name: value} of a file that holds one object; else InputError."""
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not one object of JSON; delete it and pass its flags yourself")
-    return content

@@ -29,7 +29,7 @@ from torch import nn
 import data
 import models
 from data import (InputError, gather, init_device, load_file, move_to_device, positive,
-                  print0, rank_world, read_json, run, save, seeded, share, to_device)
+                  print0, rank_world, run, save, seeded, share, to_device)
 
 # ------------------------------------------------------------------------------------- 1. features
 
@@ -48,10 +48,9 @@ def extract(net, images, size, rows=None, u=None, **augmentation):
     # All parts have n rows, so the last ones may go on with the first rows again.
     n = math.ceil(len(rows) / world)
     part = torch.arange(rank * n, (rank + 1) * n) % len(rows)
-    blocks = part.split(256)
     features = []
-    pixels_of_blocks = images.prefetch(images.get, [rows[block] for block in blocks])
-    for block, (pixels, shapes) in zip(blocks, pixels_of_blocks):
+    for block in part.split(256):
+        pixels, shapes = images.get(rows[block])
         if u is None:
             views = data.center(pixels, size, shapes)
         else:
@@ -252,16 +251,11 @@ def folder_of(name):
     return path
 
 def folder_of_results(args, checkpoint):
-    """--out, or eval-DATA[-LABELS] in the folder of the checkpoint. Raises InputError if it holds
-    the args.json of a run, which the results would overwrite."""
+    """--out, or eval-DATA[-LABELS] in the folder of the checkpoint."""
     name = f"eval-{Path(checkpoint.data).resolve().name}"
     if args.labels != "1.0":
         name = f"{name}-{args.labels}"
-    out = Path(args.out or folder_of(checkpoint.name) / name)
-    is_described = (out / "args.json").exists()  # by these results earlier, or by a run
-    if is_described and "classes" not in read_json(out / "args.json"):
-        raise InputError(f"--out {out}: holds a run; name another folder for the results")
-    return out
+    return Path(args.out or folder_of(checkpoint.name) / name)
 
 # ---------------------------------------------------------------------------------- 6. checkpoints
 
@@ -274,14 +268,13 @@ class Checkpoint(NamedTuple):
     stem: str = "imagenet"
     size: int = None  # the side of a view in pixels; None is the default of data.load
     data: str = "letters"
-    keep: int = None  # the side at which the images of a folder are stored; None is as for size
 
 UNTRAINED = ("random", "pixels")
-FLAGS = Checkpoint._fields[2:]  # arch to keep: flags of these scripts, which args.json may name
+FLAGS = Checkpoint._fields[2:]  # arch to data: flags of these scripts, which args.json may name
 
 def read_checkpoint(path, arch=None, stem=None):
     """The network in a checkpoint, with its weights, and what is known of it: {"arch", "stem", and
-    "size", "data", "keep" if args.json says so}. No code in the file is run.
+    "size", "data" if args.json says so}. No code in the file is run.
 
     `path` is a run's folder or one of the files that `read_state` reads. What is known comes from
     args.json in its folder, or from `args` in the file; a typed `arch` comes before that. Raises
@@ -331,13 +324,10 @@ def read_state(path):
     flags = content.get("args")
     file = path.parent / "args.json"
     if file.is_file():
-        flags = read_json(file)
+        flags = json.loads(file.read_text())
     known = {}
     if isinstance(flags, dict):
         known = {key: flags[key] for key in FLAGS if flags.get(key) is not None}
-    for key, value in known.items():
-        if type(value) is not Checkpoint.__annotations__[key]:
-            raise InputError(f"{path}: its args.json has the {key} {value!r}; correct it")
     return tensors, known
 
 def weights_of(state, arch, names):
@@ -361,8 +351,8 @@ def open_checkpoint(name, args, like=None):
     --zero-init or --init change them.
 
     A typed flag comes first, then what is known of the checkpoint itself, then what holds for the
-    Checkpoint `like`, with which it is compared, then the defaults. But the images (`data`, `keep`)
-    are those of `like`, if it is given. If --data is typed, only a typed --keep counts.
+    Checkpoint `like`, with which it is compared, then the defaults. But the images are those of
+    `like`, if it is given.
     """
     net = Pixels()
     known = {}
@@ -371,9 +361,7 @@ def open_checkpoint(name, args, like=None):
     if like is None:
         like = Checkpoint(name, net)
     else:
-        known |= dict(data=like.data, keep=like.keep)
-    if args.data is not None:
-        known["keep"] = None
+        known["data"] = like.data
     known |= {key: getattr(args, key) for key in FLAGS if getattr(args, key) is not None}
     checkpoint = like._replace(name=name, net=net, **known)
     if name == "random":
@@ -419,8 +407,6 @@ def add_common_flags(parser):
                        "letters]")
     add("--root", default="data", help="folder of downloaded and decoded data sets [data]")
     add("--size", type=positive, help="side of an image in pixels [the checkpoint's]")
-    add("--keep", type=positive, help="side at which a folder's images are stored [the "
-                                      "checkpoint's]")
     add("--arch", choices=list(models.ARCHS), help="[the checkpoint's, or mobilenetv3]")
     add("--stem", choices=models.STEMS, help="[the checkpoint's, or imagenet]")
     add("--out", help="folder of the results [in the checkpoint's folder]")
@@ -441,8 +427,7 @@ def main(argv=None):
     checkpoint = open_checkpoint(args.checkpoint, args)
     out = folder_of_results(args, checkpoint)  # asked for first: a wrong --out should cost no time
     net = to_evaluate(checkpoint.net, device)
-    train, test, size = data.load(checkpoint.data, args.root, checkpoint.size, checkpoint.keep,
-                                  device)
+    train, test, size = data.load(checkpoint.data, args.root, checkpoint.size, device)
     check_labels(train, test, checkpoint.data)
     move_to_device(train, test)
     rows = labelled_subset(train.labels, args.labels, args.seed)
@@ -468,14 +453,13 @@ def main(argv=None):
         last = models.last_linear(checkpoint.arch)
         weights |= {f"{last}.weight": weight.cpu(), f"{last}.bias": bias.cpu()}
         save(out / "classifier.pt", weights)
-        known = {key: getattr(checkpoint, key) for key in FLAGS} | dict(size=size)
-        save(out / "args.json", json.dumps(known | dict(classes=train.classes), indent=1))
         percents = accuracy_of_classes(scores, test_y).tolist()  # nan without a test image
         per_class = {name: p for name, p in zip(train.classes, percents) if not math.isnan(p)}
-        save(out / "result.json", json.dumps(dict(args=vars(args), table=table,
-                                                  per_class=per_class), indent=1))
-        print(f"\nIn {out}: result.json; classifier.pt, the network and its "
-              "linear classifier with torchvision's names; args.json with the classes")
+        used = {key: getattr(checkpoint, key) for key in FLAGS} | dict(size=size)
+        result = vars(args) | used | dict(classes=train.classes, table=table, per_class=per_class)
+        save(out / "result.json", json.dumps(result, indent=1))
+        print(f"\nIn {out}: result.json; classifier.pt, the network and its linear classifier with "
+              "torchvision's names")
     if dist.is_initialized():
         dist.destroy_process_group()
     return table

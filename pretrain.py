@@ -33,7 +33,6 @@ import gc
 import json
 import math
 import time
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +46,7 @@ import data
 import models
 from analyze import found
 from data import (InputError, Progress, gather, init_device, load_file, locked, mean_over_processes,
-                  move_to_device, positive, print0, rank_world, read_json, run, save, share,
+                  move_to_device, positive, print0, rank_world, run, save, share,
                   share_buffers, to_device)
 from linear_eval import Pixels, judge, read_checkpoint, to_evaluate
 
@@ -252,7 +251,7 @@ def augmentation(args):
 def main(argv=None):
     args = parse(argv)
     device = init_device(args.device)  # under torchrun, this also makes the group of processes
-    train, test, args.size = data.load(args.data, args.root, args.size, args.keep, device)
+    train, test, args.size = data.load(args.data, args.root, args.size, device)
     out = Path(args.out or next_free_folder(args))
     is_resumed = args.resume and (out / "last.pt").exists()
     start = None  # the network of --init; a run that goes on has its weights from last.pt
@@ -297,7 +296,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     first, log = 0, []  # steps done, an entry an epoch
     if is_resumed:
         first, log = restore(out / "last.pt", moco, optimizer, scaler)
-    refuse_differences(args, moco, first, dtype)  # from here on, processes wait for each other
+    refuse_differences(args, first)  # from here on, processes wait for each other
     if not is_resumed and rank_world()[0] == 0:
         save(out / "args.json", json.dumps(vars(args), indent=1))
         save_views(train, args, out / "views.png")
@@ -319,10 +318,9 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     progress = Progress(args.steps, first)
     epoch_length = epoch_steps(args, len(train))
     sums = torch.zeros(2, device=device)  # of loss and accuracy in this epoch
-    batches = train.prefetch(partial(load_batch, train, args), range(first, args.steps))
-    for step, batch in enumerate(batches, first):
+    for step in range(first, args.steps):
         optimizer.scale_rates(schedule(args, step, epoch_length))
-        sums += take_step(batch)
+        sums += take_step(load_batch(train, args, step))
 
         epoch, done = divmod(step, epoch_length)
         run_ends = step + 1 == args.steps
@@ -345,7 +343,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
             sums.zero_()
             if run_ends or (epoch + 1) % args.save_every == 0:
                 save_run(out, moco, optimizer, scaler, step + 1, log)
-        progress.show(step + 1, in_words(entry))
+        print0(progress.line(step + 1, in_words(entry)))
 
     report(out, moco.encoder_q.backbone, untrained, train, test, args)
     return moco
@@ -468,7 +466,7 @@ class Recorded:
         if self.graph is None:
             gc.collect()  # CUDA refuses to free another graph while one is recorded
             self.graph = torch.cuda.CUDAGraph()
-            # other threads go on: one may be loading the next batch
+            # what a recording cannot hold is forbidden to this thread alone
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.result = self.take_step(self.batch)  # runs nothing yet
         self.graph.replay()
@@ -548,29 +546,25 @@ def save_run(out, moco, optimizer, scaler, step, log):
 def restore(path, moco, optimizer, scaler):
     """Load a last.pt -> the steps done and the log."""
     last = load_file(path)
-    groups = [dict(lr=group["lr"], fused=group["fused"]) for group in optimizer.param_groups]
     try:
         moco.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
+        # without the rates, which are on this device already, where a recorded step reads them
+        momentum = dict(state=last["optimizer"]["state"])
+        optimizer.load_state_dict(optimizer.state_dict() | momentum)
         if last["scaler"]:  # empty, if the run had no float16 before
             scaler.load_state_dict(last["scaler"])
         step, log = int(last["step"]), list(last["log"])
     except Exception:  # whatever else a file may hold
         raise InputError(f"{path}: not of the run that args.json beside it describes, or of an "
                          "older pretrain.py") from None
-    for group, kept in zip(optimizer.param_groups, groups):
-        group.update(kept)  # rates on this device, which a recorded step reads
     return step, log
 
-def refuse_differences(args, moco, first, dtype):
-    """End all processes with one line unless they start from the same."""
+def refuse_differences(args, first):
+    """End all processes with one line unless they have the same flags, images and steps done."""
     if not dist.is_initialized():
         return
-    weights = 0
-    for w in moco.state_dict().values():
-        weights = zlib.crc32(w.cpu().contiguous().numpy().tobytes(), weights)
-    facts = vars(args) | dict(steps_done=first, dtype=str(dtype), weights=weights)
-    facts |= dict(out="", data="", root="")  # a node may call its folders otherwise
+    # a node may call its folders otherwise
+    facts = vars(args) | dict(steps_done=first, out="", data="", root="")
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, facts)
     for what in facts:
@@ -690,7 +684,6 @@ FLAGS = [
     ("root", TEXT, "data", "folder of downloaded and decoded data sets"),
     ("size", WHOLE, None, "side of a view [letters: 32; a folder: its median side, within 32 to "
      "224, on a CPU 32 to 64; other sets: their own]"),
-    ("keep", WHOLE, None, "side of a stored image [its own, from --size to 1.5 --size]"),
     ("arch", dict(choices=list(models.ARCHS)), "mobilenetv3", "the backbone"),
     ("head", dict(choices=models.HEADS), "simple", "the projection head"),
     ("dim", WHOLE, 128, "width C of the embedding"),
@@ -788,7 +781,7 @@ def flags_of_the_run(args):
     if not args.resume:
         raise InputError(f"--out {args.out}: holds a run; go on with it (--resume), or name "
                          "another folder")
-    saved = read_json(Path(args.out) / "args.json")
+    saved = json.loads((Path(args.out) / "args.json").read_text())
     for name, value in vars(args).items():
         if name in ("out", "resume", "data", "root", "device", "precision", "save_every",
                     "knn_every"):

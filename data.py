@@ -288,36 +288,26 @@ GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabefghmnrty123456789#$%&*+<=?@[{(~^!;\""
 def letters(n, seed, size=32):
     """`n` drawings of GLYPHS -> pixels (n, 3, size, size) uint8, labels (n,), names.
 
-    Each is turned, sheared, zoomed, moved and dimmed at random. All have the same ink and the same
+    Each is turned, moved, zoomed, sheared and dimmed at random. All have the same ink and the same
     paper: if they differed in color, color would be the cheapest way to tell them apart, and
     nothing else would be learned.
     """
+    from torchvision.transforms.functional import InterpolationMode, affine
     font = ImageFont.load_default(1.6 * size)
-    large = (2 * size, 2 * size)  # drawn so large and then halved, for smooth edges
-    middle = size
     glyphs = []
     for glyph in GLYPHS:
-        picture = Image.new("L", large)
-        ImageDraw.Draw(picture).text((middle, middle), glyph, 255, font, anchor="mm")
+        picture = Image.new("L", (2 * size, 2 * size))  # drawn twice as large, for smooth edges
+        ImageDraw.Draw(picture).text((size, size), glyph, 255, font, anchor="mm")
         glyphs.append(picture)
     paper = torch.tensor([0.04, 0.05, 0.08])[:, None, None]
     color = torch.tensor([0.55, 0.95, 0.65])[:, None, None]
     labels = torch.arange(n) % len(GLYPHS)
     numbers = 2 * torch.rand(6, n, generator=seeded("letters", seed)) - 1
     pictures = []
-    for label, (turn, shear, zoom, x, y, light) in zip(labels, numbers.T.tolist()):
-        # Pixel (column, row) of the picture shows the glyph at (a column + b row + c, d column + e
-        # row + f): that is a turn by 22 degrees at most, divided by the zoom, after a shear.
-        angle = math.radians(22 * turn)
-        scale = 0.775 + 0.225 * zoom
-        a = math.cos(angle) / scale
-        d = math.sin(angle) / scale
-        b = 0.25 * shear * a - d
-        e = 0.25 * shear * d + a
-        x = middle * (0.2 * x - 1)
-        y = middle * (0.2 * y - 1)
-        places = (a, b, a * x + b * y + middle, d, e, d * x + e * y + middle)
-        picture = glyphs[label].transform(large, Image.AFFINE, places, Image.BILINEAR)
+    for label, (turn, x, y, zoom, shear, light) in zip(labels, numbers.T.tolist()):
+        move = [0.2 * size * x, 0.2 * size * y]
+        picture = affine(glyphs[label], 22 * turn, move, 0.775 + 0.225 * zoom, [14 * shear, 0],
+                         InterpolationMode.BILINEAR)
         ink = torch.from_numpy(np.array(picture.reduce(2))) / 255
         picture = (0.8 + 0.2 * light) * torch.lerp(paper, color, ink)
         pictures.append((255 * picture).round().byte())

@@ -365,7 +365,7 @@ def open_checkpoint(name, args, like=None):
     known |= {key: getattr(args, key) for key in FLAGS if getattr(args, key) is not None}
     checkpoint = like._replace(name=name, net=net, **known)
     if name == "random":
-        torch.manual_seed(args.seed % 2 ** 63)
+        torch.manual_seed(args.seed)
         checkpoint = checkpoint._replace(net=models.build(checkpoint.arch, checkpoint.stem))
     checkpoint.net.name = name  # for messages
     return checkpoint

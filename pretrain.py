@@ -274,7 +274,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     """Train, save, report -> the trained MoCo. All flags in `args` have values; `start` is the
     network of --init or None."""
     # from the same seed, every process draws the same weights
-    torch.manual_seed(args.seed % 2 ** 63)  # torch takes no longer seeds
+    torch.manual_seed(args.seed)
     backbone = models.build(args.arch, args.stem)
     untrained = to_evaluate(copy.deepcopy(backbone), device)  # for the report
     if args.zero_init:
@@ -341,7 +341,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
                 moco.encoder_q.train()
             log.append(entry)
             sums.zero_()
-            if run_ends or (epoch + 1) % args.save_every == 0:
+            if run_ends or (epoch + 1) % max(1, args.epochs // 50) == 0:
                 save_run(out, moco, optimizer, scaler, step + 1, log)
         print0(progress.line(step + 1, in_words(entry)))
 
@@ -660,10 +660,6 @@ def pick_bn_splits(args, n):
         splits -= world
     return splits
 
-def pick_save_every(args, n):
-    """1/50 of the run"""
-    return max(1, args.epochs // 50)
-
 def pick_knn_every(args, n):
     """1/5 of the run"""
     return max(1, args.epochs // 5)
@@ -711,7 +707,6 @@ FLAGS = [
     ("muon", SHARE, 0.0, "learning rate of convolutions with Muon (Jordan 2024); 0: SGD"),
     ("wd", SHARE, 1e-4, "weight decay"),
     ("warmup", NUMBER, 0.0, "linear, in epochs"),
-    ("save_every", WHOLE, pick_save_every, "epochs between checkpoints"),
     ("knn_every", WHOLE, pick_knn_every, "epochs between looks at held-out images"),
     ("seed", dict(type=int), 0, "of weights, order and views"),
     ("device", TEXT, "auto", "cuda, cuda:1, mps or cpu; auto is the first there is"),
@@ -783,8 +778,7 @@ def flags_of_the_run(args):
                          "another folder")
     saved = json.loads((Path(args.out) / "args.json").read_text())
     for name, value in vars(args).items():
-        if name in ("out", "resume", "data", "root", "device", "precision", "save_every",
-                    "knn_every"):
+        if name in ("out", "resume", "data", "root", "device", "precision", "knn_every"):
             saved[name] = value or saved.get(name)
         elif value not in (None, saved.get(name)):
             raise InputError(f"--{name.replace('_', '-')} {value}: the run in {args.out} has "

@@ -180,7 +180,7 @@ def mean_and_std(x):
     return mean, std.maximum(least)
 
 def held_out(y):
-    """A mask (N,) of every fifth image, after sorting by class, so that each class has its share."""
+    """A mask (N,) of every fifth image. They are counted class by class, so each has its share."""
     mask = torch.zeros_like(y, dtype=torch.bool)
     mask[y.argsort(stable=True)[4::5]] = True
     return mask

@@ -26,40 +26,13 @@ import data
 from data import (InputError, init_device, move_to_device, positive, print0, rank_world, run, save,
                   seeded)
 from linear_eval import (UNTRAINED, accuracy, add_common_flags, check_labels, extract, folder_of,
-                         labelled_subset, linear_probe, neighbours, open_checkpoint, to_evaluate,
-                         unit)
+                         instance_discrimination, labelled_subset, linear_probe, neighbours,
+                         open_checkpoint, to_evaluate, unit)
 
 # -------------------------------------------------------------------------------- 1. the measures
 # Features are (N, D), of any length: each measure brings them to length one. Labels y (N,) are
-# int64, -1 where unknown.
-
-def instance_discrimination(query, positive, others, top=5):
-    """acc@1..`top` in % (top,): is a query's positive among the j nearest of it and all `others`?
-
-    All are (N, D). Row i belongs to image i, and row i of `others` is not compared with query i.
-    With originals o and two views a and b, (o, a, o) is mode o-a of Shi et al. 2022, section 3, and
-    (b, a, a) is mode a-b, whose query is b. Similarity is the cosine. A tie counts against the
-    positive, so that a collapsed space has 0 %, not 100 %.
-    """
-    q, p, r = unit(query), unit(positive), unit(others)
-    own = (q * p).sum(1) - 1e-5  # rounding must not decide a tie
-    nearer = []
-    for i in range(0, len(q), 1000):
-        similarity = q[i:i + 1000] @ r.T
-        similarity.diagonal(i).fill_(-2)  # the image itself
-        nearer.append((similarity >= own[i:i + 1000, None]).sum(1))
-    nearer = torch.cat(nearer)
-    return torch.stack([100 * (nearer < j).float().mean() for j in range(1, top + 1)])
-
-def found(network, images, size, **augmentation):
-    """The share, in %, of up to 2,000 of the images that a second view finds first among all.
-
-    Pretraining reports this where there are no labels. `augmentation` are data.augment's settings.
-    """
-    rows = torch.randperm(len(images), generator=seeded("apart"))[:2000]
-    views = torch.rand(2, len(rows), data.COLUMNS, generator=seeded("views"))
-    a, b = [extract(network, images, size, rows, u, **augmentation)[0] for u in views]
-    return instance_discrimination(b, a, a)[0].item()
+# int64, -1 where unknown. Instance discrimination is in linear_eval.py, since pretrain.py asks for
+# it, too.
 
 def alignment(a, b):
     """Mean squared distance of pairs a, b (N, D): 0 (views agree) to 4. Wang & Isola 2020."""
@@ -70,7 +43,7 @@ def uniformity(x):
     (evenly spread) to 0 (collapsed). Wang & Isola 2020, with t = 2."""
     x = unit(x)
     n = len(x)
-    total = -n  # the distance of a point to itself is no pair's
+    total = -n  # leaves out the n pairs of a point with itself
     for block in x.split(1000):
         similarity = block @ x.T  # d^2 = 2 - 2 similarity
         total += (4 * similarity - 4).exp().sum().item()
@@ -158,11 +131,11 @@ def table(results):
             lines.append(f"| {text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-# By so much b must differ from a before a is said to over-cluster: by two standard deviations, and
-# for intra-class alignment, whose differences are small, by one. Over the choice of 500 images of
-# 10 classes of Tiny ImageNet, the difference of two networks has a deviation of 0.017 (intra-class
-# alignment) and 0.035 (uniformity). That of two accuracies near 50 %, each on 10,000 images, has
-# one of 0.7 points.
+# Network a over-clusters compared with b if b - a exceeds each of these (of uniformity: is below).
+# They are two standard deviations of a difference of two networks; of intra-class alignment one,
+# since its differences are small. Over the choice of 500 images of 10 classes of Tiny ImageNet,
+# such a difference has a deviation of 0.017 (intra-class alignment) and 0.035 (uniformity), that of
+# two accuracies near 50 %, each on 10,000 images, 0.7 points.
 MARGINS = dict(intra=0.017, uniformity=-0.07, nn_normalized=1.5, linear=1.5)
 
 def diagnosis(results):
@@ -236,7 +209,7 @@ def save_row(pictures, path):
     """Save pictures (PIL, of one height) in a row."""
     Image.fromarray(np.concatenate([np.asarray(picture) for picture in pictures], 1)).save(path)
 
-def draw_panel(title, x_name, lines, low, high, shade=((0, 0), (0, 0))):
+def draw_panel(title, x_name, lines, low, high, shade=()):
     """A picture of lines {name: points (n, 2)} in axes from the point `low` to the point `high`.
     The area with the corners `shade` (m, 2) is filled."""
     picture = Image.new("RGB", (SIDE + 160, SIDE + 220), "white")
@@ -246,7 +219,8 @@ def draw_panel(title, x_name, lines, low, high, shade=((0, 0), (0, 0))):
     scale = SIDE / span * (1, -1)  # y grows downwards in a picture
     draw.text((100, 20), title[-50:], "black", LARGE)
     draw.text((100 + SIDE / 2, SIDE + 176), x_name, "black", SMALL, "mt")
-    draw.polygon((start + scale * np.subtract(shade, low)).flatten().tolist(), "#BFE5D9")
+    if len(shade) > 0:
+        draw.polygon((start + scale * np.subtract(shade, low)).flatten().tolist(), "#BFE5D9")
     for part in (0, 0.25, 0.5, 0.75, 1):
         x, y = start + part * scale * span
         draw.line((100, y, SIDE + 100, y), "#DDDDDD", 2)
@@ -266,14 +240,14 @@ def draw_similarity(samples, path, most=5):
     for title, (_, _, labels, o, views) in samples.items():
         kinds = {"two views": (views[1:] * views[:-1]).sum(2).flatten()} | cosines(o, labels)
         lines = {}
-        shade = [(0.5, 0), (1, 0)]
+        shade = []
         for kind, values in kinds.items():
             n = max(1, len(values))
             count, edges = np.histogram(values, 40, (-1, 1))
             points = np.stack([edges[:-1] + 0.025, (20 * count / n).clip(max=most)], 1)
             if kind == "other class":
                 kind += f": {100 * (values > 0.5).sum() / n:.0f} % above 0.5"
-                shade[1:1] = points[30:]
+                shade = [(0.5, 0), *points[30:], (1, 0)]
             lines[kind] = points
         pictures.append(draw_panel(f"{title}: density of pairs", "cosine similarity", lines,
                                    (-1, 0), (1, most), shade))
@@ -329,12 +303,13 @@ def look(net, train, held, size, args):
         o, y = extract(net, images, size, chosen)
         views = torch.stack([unit(extract(net, images, size, chosen, u)[0]) for u in draws])
         measures[split] = instance_metrics(o, views[0], views[1], y)
-    sample = images, chosen, y.cpu(), unit(o).cpu(), views.cpu()
+    sample = images, chosen, y.cpu(), unit(o).cpu(), views.cpu()  # of the last split
     if train.classes:  # neighbours and the linear probe are measured on whole splits
         train_x, train_y = extract(net, train, size, (train.labels >= 0).nonzero()[:, 0])
         test_x, test_y = extract(net, held, size)
         weight, bias = linear_probe(train_x, train_y, len(train.classes))
-        measures["held-out"]["linear"] = accuracy(weight, bias, test_x, test_y)
+        scores = F.linear(test_x, weight, bias)
+        measures["held-out"]["linear"] = accuracy(scores, test_y)
         for space, value in best_nn(train_x, train_y, test_x, test_y).items():
             measures["held-out"][f"nn_{space}"] = value
     return measures, sample
@@ -360,11 +335,10 @@ def main(argv=None):
 
     # the first network says which images; random and pixels come last and take its size
     checkpoints = []
-    first = None
     names = dict.fromkeys(args.checkpoint)
     for name in sorted(names, key=UNTRAINED.__contains__):
-        checkpoints.append(open_checkpoint(name, args, like=first))
-        first = checkpoints[0]
+        like = checkpoints[0] if checkpoints else None
+        checkpoints.append(open_checkpoint(name, args, like))
     loaded = {}  # all networks of one size see the same images in memory
     results = {}
     samples = {}

@@ -6,7 +6,7 @@
     views = augment(pixels, u[0], size, shapes=shapes)  # (64, 3, size, size), normalized
 
 A data set is one uint8 tensor of square images. A folder of images is decoded once into a file,
-and that tensor maps the file into memory. `move_to_device` copies the tensor to a GPU that has
+of which only what is used is read into memory. `move_to_device` copies the tensor to a GPU that has
 room for it. All random numbers of a step are drawn by `draw_step` from (seed, step) on the CPU. So
 a seed gives the same views on any device, on any number of processes, and after a restart.
 
@@ -63,26 +63,22 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
     and widths that the images had before they were stored as squares; None: they were squares.
 
     All but the clipping to black and white is linear: one matrix acts on the rows of an image, one
-    on its columns, one on its colors. So that blur can be part of two of them, it comes before the
-    clipping. crop, jitter, hue and gray may also be tensors () on the device.
+    on its columns, one on its colors. Blur is part of the first two, so it comes before the
+    clipping. crop, jitter, hue and gray may also be tensors of one number on the device.
     """
     n, _, side, _ = images.shape
     if shapes is None:
         shapes = u.new_full((n, 2), side)
-    box = crop_boxes(u, *shapes.T, crop)
+    box = crop_boxes(u, shapes, crop)
     sigma = None
     if blur > 0:  # `resampling` leaves a view with a sigma of 0 as it is
         sigma = torch.where(u[:, BLUR] < blur, (0.1 + 1.9 * u[:, SIGMA]) * size / 224, 0)
     x = cut(images, box, shapes, size, u[:, FLIP] < 0.5, sigma)
 
-    jittered = (u[:, JITTER] < 0.8).float()  # where it is 0, all factors are 1
-    lowest = (1 - jitter * jittered).clamp(min=0)
-    highest = 1 + jitter * jittered
-    factors = torch.lerp(lowest[:, None], highest[:, None], u[:, BRIGHTNESS:HUE])
-    brightness, contrast, saturation = factors.T
+    changes = (u[:, JITTER] < 0.8) * (2 * u[:, BRIGHTNESS:HUE + 1].T - 1)  # within -1..1, or 0
+    brightness, contrast, saturation = 1 + jitter * changes[:3]
     saturation = torch.where(u[:, GRAY] < gray, 0, saturation)  # 0 is grayscale
-    turns = hue * jittered * (2 * u[:, HUE] - 1)
-    on_pixel, on_mean = color_matrix(brightness, contrast, saturation, turns)
+    on_pixel, on_mean = color_matrix(brightness, contrast, saturation, hue * changes[3])
 
     # A jittered pixel is on_pixel x + on_mean mean(x). It is normalized in the same matrix product:
     # ((on_pixel x + on_mean mean(x)) / 255 - MEAN) / STD = shift / STD + on_pixel / (255 STD) x
@@ -94,10 +90,7 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
 
 def center(images, size, shapes):
     """Views (n, 3, size, size) for evaluation of images (n, 3, S, S) uint8 that had the heights and
-    widths shapes (n, 2): the center squares.
-
-    The square is the largest that fits into the image. (At 224 pixels it is usual to cut off a
-    margin.)
+    widths shapes (n, 2): the largest center squares.
     """
     shortest = shapes.amin(1, keepdim=True).expand_as(shapes)
     box = torch.cat([(shapes - shortest) / 2, shortest], 1)
@@ -117,21 +110,21 @@ def constants(device):
     columns = torch.tensor([MEAN, STD])[:, :, None]
     return [x.to(device) for x in (*columns, yiq, torch.linalg.inv(yiq))]
 
-def crop_boxes(u, heights, widths, scale):
+def crop_boxes(u, shapes, share):
     """Boxes (n, 4), each a top, left, height and width in pixels, of random resized crops (Szegedy
-    et al. 2015) of images with these heights (n,) and widths (n,).
+    et al. 2015) of images with these heights and widths (n, 2).
 
-    A box has a share of the area within `scale` and an aspect ratio within 3/4..4/3. Of ten
+    A box has an area within `share` of the image's and an aspect ratio within 3/4..4/3. Of ten
     attempts the first that fits into the image counts. If none fits, the box is the largest
     centered one within those ratios. torchvision's RandomResizedCrop does so for one image.
     """
-    shapes = torch.stack([heights, widths], 1)
-    area = (heights * widths)[:, None] * (scale[0] + (scale[1] - scale[0]) * u[:, AREA])
+    area = shapes.prod(1, keepdim=True) * (share[0] + (share[1] - share[0]) * u[:, AREA])
     ratio = torch.exp((2 * u[:, RATIO] - 1) * math.log(4 / 3))
-    attempts = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # (n, 10, 2)
+    attempts = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # heights and widths
     fits = ((attempts > 0) & (attempts <= shapes[:, None])).all(2)
     first = fits.int().argmax(1)[:, None, None]  # of equal values argmax finds the first
     any_fits = fits.any(1, keepdim=True)
+    # no side is longer than 4/3 of the other
     largest = torch.minimum(shapes, (shapes.flip(1) * 4 / 3).round().clamp(min=1))
     extent = torch.where(any_fits, attempts.take_along_dim(first, 1)[:, 0], largest)
     rest = shapes - extent
@@ -145,11 +138,11 @@ def cut(images, box, shapes, size, flip=None, sigma=None):
     flip and sigma see `resampling`.
     """
     side = images.shape[-1]
-    scale = side / shapes  # stored pixels per original pixel: of heights, of widths
-    top, left, height, width = (box * scale.repeat(1, 2)).T
+    stored = side / shapes  # stored pixels per original pixel: of heights, of widths
+    top, left, height, width = (box * stored.repeat(1, 2)).T
     down = resampling(top, height, side, size, None, sigma)
     across = resampling(left, width, side, size, flip, sigma)
-    x = torch.einsum("nyi,ncij->nycj", down, images.float())
+    x = torch.einsum("nyi,ncij->nycj", down, images.float())  # (n, size, 3, S)
     return torch.einsum("nycj,nxj->ncyx", x, across).flatten(2)
 
 def resampling(begin, length, source, size, flip=None, sigma=None):
@@ -188,9 +181,9 @@ def color_matrix(brightness, contrast, saturation, hue):
         luma'   = brightness * contrast * luma + brightness * (1 - contrast) * mean luma
         chroma' = brightness * contrast * saturation * (chroma turned by the angle)
 
-    The four changes commute, so torchvision's random order has nothing to choose, except that it
-    clips in between. A turn of hue keeps luma here, as in DALI and TensorFlow; torchvision's keeps
-    the value of HSV.
+    The four changes commute. So their order, which torchvision draws at random, does not matter,
+    but for its clipping in between. A turn of hue keeps luma here, as in DALI and TensorFlow;
+    torchvision's keeps the value of HSV.
     """
     luma = brightness * contrast
     chroma = luma * saturation
@@ -213,7 +206,7 @@ def draw_step(n, batch, seed, step):
 
     -> rows (batch,): which of the n images; u (2, batch, COLUMNS): the uniform numbers of their two
     views; order (batch,): the shuffled order in which the key encoder sees the batch. An epoch is
-    n // batch steps; the images that are left over have their turn in other epochs.
+    n // batch steps; the images that are left over come in other epochs.
     """
     epoch, i = divmod(step, n // batch)
     rows = order_of_epoch(n, seed, epoch)[i * batch:(i + 1) * batch]
@@ -222,7 +215,7 @@ def draw_step(n, batch, seed, step):
     order = torch.randperm(batch, generator=draw)
     return rows, u, order
 
-@lru_cache(maxsize=2)  # a step that is drawn one ahead may be of the next epoch
+@lru_cache(maxsize=1)
 def order_of_epoch(n, seed, epoch):
     """All n rows, shuffled."""
     return torch.randperm(n, generator=seeded(seed, "epoch", epoch))
@@ -253,7 +246,7 @@ class Images:
 
 def load(name, root="data", size=None, device=torch.device("cpu")):
     """The data set `name` -> training Images; held-out Images, None without labels; the side of a
-    view in pixels. Processes need not call it together. See also `move_to_device`.
+    view in pixels.
 
     `name` is letters, cifar10, cifar100, stl10 or a folder. Downloads and decoded images go to the
     folder `root`. A `size` of None is 32 for letters and the images' own side for the downloaded
@@ -282,7 +275,7 @@ def move_to_device(train, test):
             if 3 * images.pixels.numel() < free:
                 images.pixels = images.pixels.to(images.device)
 
-# The classes of the letters. None is the mirror image of another, or the same at another size.
+# The classes of the letters. No class is the mirror image of another, or another at another size.
 GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabefghmnrty123456789#$%&*+<=?@[{(~^!;\""
 
 def letters(n, seed, size=32):
@@ -357,11 +350,11 @@ def load_folder(folder, root, size, device):
     test = []
     parts = {first_folder(name) for name in names}
     if "train" in parts and parts <= {"train", "test", "val"}:  # else train/ is a class
-        held_out = "test" if "test" in parts else "val"
+        test_name = "test" if "test" in parts else "val"
         train_folder = folder / "train"
-        test_folder = folder / held_out
+        test_folder = folder / test_name
         train = below("train/", names)
-        test = below(f"{held_out}/", names)
+        test = below(f"{test_name}/", names)
     if not train:
         raise InputError(f"--data {folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
     classes = sorted({first_folder(name) for name in train + test})
@@ -379,8 +372,8 @@ def load_folder(folder, root, size, device):
     most = 64 if device.type == "cpu" else 224
     size = size or min(most, max(32, side // 32 * 32))
     side = min(max(size, side), size * 3 // 2)
-    part = partial(decoded, classes=classes, side=side, cache=root / "decoded", device=device)
-    return part(train_folder, train), part(test_folder, test), size
+    load_part = partial(decoded, classes=classes, side=side, out=root / "decoded", device=device)
+    return load_part(train_folder, train), load_part(test_folder, test), size
 
 def scan(folder):
     """The names below `folder`, sorted, of the image files in it and in its folders. Hidden files
@@ -409,8 +402,8 @@ def below(folder, names):
 
 def hold_out(names):
     """Those of the sorted names CLASS/* that are held out: of each class a tenth, but at least one
-    image, and not the only one. A hash of the names picks them, so that one more file moves at most
-    one other to the other side."""
+    image, and not the only one. A hash of the names picks them, so that one more file changes the
+    side of at most one other."""
     held = []
     for _, members in groupby(names, first_folder):
         members = sorted(members, key=lambda name: zlib.crc32(os.fsencode(name)))
@@ -429,10 +422,10 @@ def median_side(paths):
             continue
     return int(np.median(sides)) if sides else 32
 
-def decoded(folder, names, classes, side, cache, device):
+def decoded(folder, names, classes, side, out, device):
     """The Images of the files `names` in `folder`, as squares of `side` pixels; None for no file.
 
-    They are decoded once, into a file in the folder `cache` that is called by a hash of their
+    They are decoded once, into a file in the folder `out` that is called by a hash of their
     names, sizes and times. Of processes that need the same file, one decodes, the others wait.
     """
     if not names:
@@ -441,7 +434,7 @@ def decoded(folder, names, classes, side, cache, device):
     states = [path.stat() for path in paths]
     sizes = [(name, state.st_size) for name, state in zip(names, states)]
     times = [state.st_mtime_ns for state in states]
-    file = cache / f"{folder.resolve().name}-{side}px-{digest(sizes + times)}.pixels"
+    file = out / f"{folder.resolve().name}-{side}px-{digest(sizes + times)}.pixels"
     if not file.exists():
         with locked(file.with_suffix(".lock")):
             if not file.exists():  # unless another process has just decoded them
@@ -469,12 +462,13 @@ def decode_files(paths, side, file):
     progress = Progress(len(paths))
     shapes = np.zeros((len(paths), 2), np.float32)
     with writing(file) as output, ThreadPool(min(16, os.cpu_count())) as pool:
-        output.write(shapes)
+        output.write(shapes)  # zeros, in the place of what is known at the end
         for first in range(0, len(paths), 256):  # at most 256 decoded images are in memory
             images = pool.map(partial(decode, side=side), paths[first:first + 256])
             for row, image in enumerate(images, first):
                 if image is not None:
-                    pixels, *shapes[row] = image
+                    pixels, height, width = image
+                    shapes[row] = height, width
                     output.write(pixels.tobytes())
             if progress.due():
                 print(progress.line(first, f"decoding {first:,}/{len(paths):,} images"), flush=True)
@@ -485,8 +479,8 @@ def decode_files(paths, side, file):
     seconds = time.monotonic() - progress.started
     print(f"decoded {len(paths):,} images in {seconds:.1f} s to {file}", flush=True)
 
-# A large image may need 2 GB of memory, also where its file is small. So one thread decodes all of
-# them, one after the other. (A lock would not do: malloc keeps the memory of each thread.)
+# A large image may need 2 GB of memory, also where its file is small. So one thread decodes all
+# large ones, one after the other. (A lock would not do: malloc keeps the memory of each thread.)
 LARGE = 2 ** 24  # pixels
 large_images = ThreadPoolExecutor(1)
 

@@ -12,8 +12,8 @@ of MoCo, ssl-small or SEED; `random` is a network without training, `pixels` sta
 themselves. Results go to a folder eval-DATA[-LABELS] in the folder of the checkpoint, or in
 runs/random or runs/pixels.
 
-Read this file from top to bottom: features, kNN, the linear probe, both in one function for
-pretrain.py, results, checkpoints, flags.
+Read this file from top to bottom: features, kNN, the linear probe, what the monitor of pretrain.py
+asks for, results, checkpoints, flags.
 """
 import argparse
 import json
@@ -45,7 +45,7 @@ def extract(net, images, size, rows=None, u=None, **augmentation):
     rank, world = rank_world()
     if rows is None:
         rows = torch.arange(len(images))
-    # All parts have n rows, so the last ones may go on with the first rows again.
+    # All parts have n rows: the last ones are filled up with the first rows.
     n = math.ceil(len(rows) / world)
     part = torch.arange(rank * n, (rank + 1) * n) % len(rows)
     features = []
@@ -98,8 +98,8 @@ def vote(distances, labels, classes, temperature=0.1):
     """Weighted kNN (Wu et al. 2018, section 3.4): each neighbour votes for its label with the
     weight exp(cosine similarity / temperature).
 
-    The squared distances (n, k) and labels (n, k) are those of neighbours of length one, whose
-    cosine similarity is 1 - distance / 2. -> scores (n, classes).
+    The squared distances (n, k) and labels (n, k) are those of neighbours. Features have length
+    one, so that the cosine similarity is 1 - distance / 2. -> scores (n, classes).
     """
     weights = ((1 - distances / 2) / temperature).exp()
     scores = torch.zeros(len(labels), classes, device=labels.device)
@@ -109,42 +109,42 @@ def knn(train_x, train_y, test_x, test_y, k=200):
     """Accuracy in % of the weighted vote of the k nearest. Features are (N, D) and of any length,
     labels are (N,)."""
     distances, near = neighbours(unit(train_x), unit(test_x), k)
-    scores = vote(distances, train_y[near], int(train_y.max()) + 1)
-    return 100 * (scores.argmax(1) == test_y).float().mean().item()
+    return accuracy(vote(distances, train_y[near], int(train_y.max()) + 1), test_y)
 
 # ------------------------------------------------------------------------------ 3. the linear probe
 
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
-STEPS = 30  # of L-BFGS at most: the pick is that of converged fits on four sets of features
+STEPS = 30  # of L-BFGS at most: on four sets of features, converged fits picked the same penalty
 
 def linear_probe(x, y, classes):
     """The best linear classifier of features x (N, D) with labels y (N,): its weight (classes, D)
     and bias (classes,).
 
     This is multinomial logistic regression on standardized features, which needs no learning rate.
-    Its penalty is the one of PENALTIES under which a classifier of the other images tells most of
-    the held-out images right. The classifier is then fitted to all images. At the two smallest
-    penalties, with few images, a fit may stop before it has reached the lowest loss.
+    Its penalty is chosen on a fifth of the images: the one of PENALTIES with which a classifier
+    that is fitted to the other four fifths is right most often. Then it is fitted to all images. At
+    the two smallest penalties, with few images, a fit may stop before it has reached the lowest
+    loss.
     """
     mean, std = mean_and_std(x)
     z = F.pad((x - mean) / std, (0, 1), value=1)  # a last column of ones, for the bias
     covariance = (z.T @ z / len(z)).cpu().double()
     is_held = held_out(y)
-    most = -1
-    for candidate in PENALTIES:
-        W = fit(z[~is_held], y[~is_held], classes, candidate, covariance)
-        right = ((z[is_held] @ W).argmax(1) == y[is_held]).sum()
-        if right > most:
-            most = right
-            penalty = candidate
-    W = fit(z, y, classes, penalty, covariance)
+
+    def held_out_accuracy(penalty):
+        W = fit(z[~is_held], y[~is_held], classes, penalty, covariance)
+        return accuracy(z[is_held] @ W, y[is_held])
+
+    best = max(PENALTIES, key=held_out_accuracy)  # of equal ones, the first
+    W = fit(z, y, classes, best, covariance)
     # z @ W = ((x - mean) / std) @ W[:-1] + W[-1], written as a classifier of x
     weight = W[:-1].T / std
     return weight, W[-1] - weight @ mean
 
 def fit(z, y, classes, penalty, covariance):
     """W (D, classes) that minimizes the mean cross-entropy of z @ W with labels y (N,), plus
-    penalty / 2 times the sum of the squares of W, by L-BFGS. The features z are (N, D).
+    penalty / 2 times the sum of the squares of W, by L-BFGS. The last of the D columns of z (N, D)
+    are ones.
 
     The covariance (D, D) of the features decides how fast this converges, not what it finds. With
     it, W is written as the solution of L^T W = U, where L L^T is an upper bound on the curvature:
@@ -185,11 +185,11 @@ def held_out(y):
     mask[y.argsort(stable=True)[4::5]] = True
     return mask
 
-def accuracy(weight, bias, x, y):
-    """Accuracy in % of a linear classifier on features x (N, D) with labels y (N,)."""
-    return 100 * (F.linear(x, weight, bias).argmax(1) == y).float().mean().item()
+def accuracy(scores, y):
+    """Accuracy in % of scores (N, classes) for labels (N,)."""
+    return 100 * (scores.argmax(1) == y).float().mean().item()
 
-# ------------------------------------------------------------------- 4. both, for a run's monitor
+# -------------------------------------------- 4. for the monitor of a run, with labels and without
 
 def judge(network, train, test, size, with_probe=False):
     """{"knn": %} of a network's features on labelled held-out images; `with_probe` also "linear".
@@ -204,8 +204,34 @@ def judge(network, train, test, size, with_probe=False):
     measures = dict(knn=knn(train_x, train_y, test_x, test_y))
     if with_probe:
         weight, bias = linear_probe(train_x, train_y, len(train.classes))
-        measures["linear"] = accuracy(weight, bias, test_x, test_y)
+        measures["linear"] = accuracy(F.linear(test_x, weight, bias), test_y)
     return measures
+
+def found(network, images, size, **augmentation):
+    """Of up to 2,000 of the images, the share in % whose second view is nearer to their first view
+    than to the first views of all others. `augmentation` are data.augment's settings."""
+    rows = torch.randperm(len(images), generator=seeded("apart"))[:2000]
+    views = torch.rand(2, len(rows), data.COLUMNS, generator=seeded("views"))
+    a, b = [extract(network, images, size, rows, u, **augmentation)[0] for u in views]
+    return instance_discrimination(b, a, a)[0].item()
+
+def instance_discrimination(query, own, others, top=5):
+    """acc@1..`top` in % (top,): is a query's own vector among the j nearest of it and all `others`?
+
+    All are (N, D). Row i belongs to image i, and row i of `others` is not compared with query i.
+    With originals o and two views a and b, (o, a, o) is mode o-a of Shi et al. 2022, section 3, and
+    (b, a, a) is mode a-b, whose query is b. Similarity is the cosine. A tie counts against the
+    query, so that a collapsed space has 0 %, not 100 %.
+    """
+    q, p, r = unit(query), unit(own), unit(others)
+    similarity_to_own = (q * p).sum(1) - 1e-5  # rounding must not decide a tie
+    nearer = []
+    for i in range(0, len(q), 1000):
+        similarity = q[i:i + 1000] @ r.T
+        similarity.diagonal(i).fill_(-2)  # the image itself
+        nearer.append((similarity >= similarity_to_own[i:i + 1000, None]).sum(1))
+    nearer = torch.cat(nearer)
+    return torch.stack([100 * (nearer < j).float().mean() for j in range(1, top + 1)])
 
 # -------------------------------------------------------------------------------------- 5. results
 
@@ -270,8 +296,8 @@ UNTRAINED = ("random", "pixels")
 FLAGS = Checkpoint._fields[2:]  # arch to data: flags of these scripts, which args.json may name
 
 def read_checkpoint(path, arch=None, stem=None):
-    """The network in a checkpoint, with its weights, and what is known of it: {"arch", "stem", and
-    "size", "data" if args.json says so}. No code in the file is run.
+    """The network in a checkpoint, with its weights, and what is known of it: a dict of arch and
+    stem, and of size and data if args.json has them. No code in the file is run.
 
     `path` is a run's folder or one of the files that `read_state` reads. What is known comes from
     args.json in its folder, or from `args` in the file; a typed `arch` comes before that. Raises
@@ -332,8 +358,8 @@ def weights_of(state, arch, names):
     those of all its tensors.
 
     A checkpoint may have a prefix before these names: nothing in torchvision's, `module.encoder_q.`
-    in MoCo's, `encoder_q.backbone.` in last.pt. It is found by the name of the first tensor. Deeper
-    layers may have names that end like it, but these are longer.
+    in MoCo's, `encoder_q.backbone.` in last.pt. It is found by the name of the first tensor. Names
+    of deeper layers may end with that name, too: the shortest prefix is the right one.
     """
     prefixes = [name.removesuffix(names[0]) for name in state if name.endswith(names[0])
                 and "encoder_k." not in name and "teacher." not in name]
@@ -422,7 +448,7 @@ def main(argv=None):
 
     device = init_device(args.device)
     checkpoint = open_checkpoint(args.checkpoint, args)
-    out = folder_of_results(args, checkpoint)  # asked for first: a wrong --out should cost no time
+    out = folder_of_results(args, checkpoint)
     net = to_evaluate(checkpoint.net, device)
     train, test, size = data.load(checkpoint.data, args.root, checkpoint.size, device)
     check_labels(train, test, checkpoint.data)

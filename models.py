@@ -3,7 +3,7 @@
     net = build("mobilenetv3", "small")      # a torch.nn.Module, randomly initialized
     features = net(images)                   # (N, 3, H, W) -> (N, net.dim), the pre-logits feature
 
-A network is a table of layers, as in its paper, and one class of blocks. Names, shapes and
+A network is a table of layers, as in its paper, and a class of blocks. Names, shapes and
 arithmetic are torchvision's, so weights travel both ways. Only the last Linear, the classifier, is
 missing. A projection head (`make_head`) takes its place during pretraining, and a linear probe
 afterwards.
@@ -278,23 +278,23 @@ def start_as_identity(net):
         elif isinstance(block, InvertedResidual) and block.has_shortcut:
             nn.init.zeros_(block.block[-1][1].weight)
 
-HEADS = ("linear", "simple", "wide", "deep")
+HEADS = dict(linear=[], simple=[1], wide=[2], deep=[1, 1])  # widths of hidden layers, in units of d
 
 def make_head(kind, d, c=128):
     """Projection head (N, d) -> (N, c), thrown away after pretraining (Shi et al. 2022, section 4).
 
     The widths of its Linears, with a ReLU between each two: linear d-c; simple d-d-c (MoCo v2);
-    wide d-2d-c (their choice for small networks); deep d-d-d-c. Raises KeyError for another kind.
+    wide d-2d-c (their choice for small networks); deep d-d-d-c.
     """
-    hidden = dict(linear=[], simple=[d], wide=[2 * d], deep=[d, d])[kind]
     layers = []
-    for width in hidden:
-        layers += [nn.Linear(d, width), nn.ReLU(inplace=True)]
-        d = width
-    layers.append(nn.Linear(d, c))
+    width = d
+    for factor in HEADS[kind]:
+        layers += [nn.Linear(width, factor * d), nn.ReLU(inplace=True)]
+        width = factor * d
+    layers.append(nn.Linear(width, c))
     head = initialize(nn.Sequential(*layers))
-    # The longer the head's output, the smaller the gradient that passes through its normalization.
-    # Four times as long, the head learns about as slowly as the backbone under it.
+    # Normalizing the output to length one divides the gradient by its length before. At four times
+    # the length, the head learns about as slowly as the backbone under it.
     with torch.no_grad():
         head[-1].weight *= 4
     return head

@@ -12,8 +12,7 @@ optimizer, monitor and report, the run's folder, rules, flags and recipes.
 Whatever the flags, these details differ from MoCo v2, from its CIFAR-10 notebook, or from both:
 
 - BatchNorm of queries: over all queries of a process at once (MoCo: over the 32 of a GPU; the
-  notebook: in eight parts, as of keys).
-- BatchNorm of keys: each part updates the running statistics (the notebook averages them first).
+  notebook: in eight parts, like keys).
 - All networks start as He et al. 2015 propose, which makes the weights of the head's Linears 2.45
   times as large as torch's default. The last Linear starts four times as large again.
 - BatchNorm has torch's momentum of 0.1 (torchvision's MobileNetV3: 0.01).
@@ -44,11 +43,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
-from analyze import found
 from data import (InputError, Progress, gather, init_device, load_file, locked, mean_over_processes,
                   move_to_device, positive, print0, rank_world, run, save, share,
                   share_buffers, to_device)
-from linear_eval import Pixels, judge, read_checkpoint, to_evaluate
+from linear_eval import Pixels, found, judge, read_checkpoint, to_evaluate
 
 # ----------------------------------------------------------------------------------- 1. the method
 
@@ -65,13 +63,11 @@ class Encoder(nn.Module):
         return F.normalize(z.float(), dim=1)  # in float32, also where the networks have 16 bits
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook). Each part
-    updates the running statistics, so these move `splits` times in a step."""
+    """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook). The key
+    encoder only ever trains, so its running statistics are not used."""
     splits = 1
 
     def forward(self, x):
-        if not self.training:
-            return super().forward(x)
         parts = x.tensor_split(self.splits)
         return torch.cat([nn.BatchNorm2d.forward(self, part) for part in parts])
 
@@ -85,33 +81,26 @@ class MoCo(nn.Module):
         for layer in self.encoder_k.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.__class__ = SplitBatchNorm  # another forward pass for the same weights
-                layer.splits = splits
+                layer.splits = splits  # on this process
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
-        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # its row in the queue
-        self.register_buffer("hardness", torch.zeros(()))  # of views: see make_views and steer
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # row of the oldest key
+        self.register_buffer("hardness", torch.zeros(()))  # of views, 0 to 1: see make_views, steer
 
     @torch.no_grad()
     def update_key_encoder(self, m):
-        """f_k <- m f_k + (1 - m) f_q (He et al. 2020, eq. 2), for weights. BatchNorm's running
-        statistics are the key encoder's own."""
+        """f_k <- m f_k + (1 - m) f_q (He et al. 2020, eq. 2), for all weights."""
         weights_k = list(self.encoder_k.parameters())
         weights_q = list(self.encoder_q.parameters())
         torch._foreach_lerp_(weights_k, weights_q, 1 - m)  # k.lerp_(q, 1 - m) for all, in one call
 
-    # Shuffling BN (He et al. 2020, section 3.3). A query could recognize its own key by the batch
-    # statistics that both share. So keys meet BatchNorm in another order than queries, in parts.
-
-    @staticmethod
-    def shuffle(order):
-        """The rows (B / processes,) of the batch whose keys this process encodes, from a random
-        `order` (B,) of all rows. Each process makes the key views of these rows itself, so that no
-        image has to travel."""
-        return rows_of_process(order)
-
     @torch.no_grad()
     def encode_keys(self, views, order):
-        """Key views (B / processes, 3, H, W) of the rows shuffle(order) -> all keys (B, C), in the
-        order of the batch."""
+        """Key views (B / processes, 3, H, W) -> all keys (B, C), in the order of the batch.
+
+        Shuffling BN (He et al. 2020, section 3.3): a query could recognize its own key by the batch
+        statistics that both share. So keys meet BatchNorm in another order than queries, and in
+        parts. `order` (B,) is that order, of which each process has its share: see `load_batch`.
+        """
         shuffled = gather(self.encoder_k(views))
         keys = torch.empty_like(shuffled)
         keys[order] = shuffled  # its i-th row is the key of the batch's row order[i]
@@ -141,26 +130,27 @@ def info_nce_plain(q, k, queue, temperature):
 
 def info_nce(q, k, queue, temperature):
     """info_nce_plain by one call of torch's attention, which never holds the N x K logits. Only q
-    gets a gradient. With p the softmax weight of the own key k, and w_j those of the queue's u_j,
+    gets a gradient. With p the softmax weight of a query's own key k, and w_j those of the queue's
+    u_j,
 
-        loss = -log p        dloss/dq = (sum_j w_j u_j + p k - k) / T
+        loss = -log p        dloss/dq = (sum_j w_j u_j + (p - 1) k) / T
 
-    for each query. Such a weighted mean is what attention computes, but of the same keys for all
-    queries. So the own key enters by one more coordinate. There q has q.k, the queue has 0, and one
-    more row, which is 0 elsewhere, has 1:
+    Attention computes such weighted sums, but of the same keys for all queries, and k is another
+    for each. So each query gets one more coordinate, q.k, and the queue gets one more row, which is
+    1 there and 0 elsewhere. In the result, that coordinate holds p:
         queries = [q, q.k]   keys = values = [[queue, 0], [0, 1]]   result = [sum_j w_j u_j, p]
     """
     c = q.shape[1]
     with torch.no_grad():
-        wider = 8 - c % 8  # not 1: on a GPU, the width must be a multiple of eight
-        queries = F.pad(q, (0, wider))
+        extra = 8 - c % 8  # columns, not 1: on a GPU, the width must be a multiple of eight
+        queries = F.pad(q, (0, extra))
         queries[:, c] = (q * k).sum(1)
-        keys = F.pad(queue, (0, wider, 0, 1))
+        keys = F.pad(queue, (0, extra, 0, 1))  # and one row
         keys[-1, c] = 1
         queries, keys = queries[None, None], keys[None, None]  # one head of one sequence
         result = F.scaled_dot_product_attention(queries, keys, keys, scale=1 / temperature)[0, 0]
         p = result[:, c]
-        loss = -p.log()  # p is above zero, as T is at least 0.03: see `check`
+        loss = -p.log()  # p is above 0: for T >= 0.03, exp(-2 / T) is a number of float32
         gradient = (result[:, :c] + (p - 1)[:, None] * k) / temperature
     # q - q.detach() is zero, but its gradient is one: the loss stays, q gets the gradient
     return (loss + ((q - q.detach()) * gradient).sum(1)).mean()
@@ -200,16 +190,18 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
     return means
 
 def load_batch(images, args, step):
-    """What this process needs for a step, {name: tensor on the device}:
+    """What this process needs for a step, {name: tensor on the device}.
 
-    query_pixels, query_shapes, query_u: images whose queries it encodes, with their uniform numbers
-    for a view (data.draw_step); key_pixels, key_shapes, key_u: the same for those whose keys it
-    encodes; order (B,): the shuffled order of the whole batch. With one process both are the whole
-    batch, the second one shuffled.
+    It encodes the queries of its share of the batch, and the keys of another, random share: `order`
+    holds the B places of the batch in a random order, of which it takes its share. So a query does
+    not meet BatchNorm with the images that its key meets there, and no key view has to travel.
+
+    query_pixels, query_shapes and query_u are the images of its queries and the uniform numbers of
+    their views (data.draw_step), key_pixels, key_shapes and key_u those of its keys.
     """
     rows, u, order = data.draw_step(len(images), args.batch, args.seed, step)
     queries = rows_of_process(torch.arange(args.batch))
-    keys = MoCo.shuffle(order)
+    keys = rows_of_process(order)
     batch = dict(order=to_device(order, images.device))
     batch["query_pixels"], batch["query_shapes"] = images.get(rows[queries])
     batch["key_pixels"], batch["key_shapes"] = images.get(rows[keys])
@@ -222,25 +214,26 @@ def make_views(batch, args, hardness):
 
     `hardness`, from 0 to 1, is set by `steer`. At 0 the views are as the flags say. At 1
     the smallest crop has 0.4 times the area that --crop says (0.08 instead of 0.2), and weak keys
-    have colors as strong as those of queries. They are never blurred.
+    have colors as strong as those of queries. Weak keys are never blurred.
     """
     flags = augmentation(args)
     smallest, largest = args.crop
     flags["crop"] = [(1 - 0.6 * hardness) * smallest, largest]
+    key_flags = flags
+    if args.weak_keys:
+        key_flags = flags | dict(jitter=hardness * args.jitter, hue=hardness * args.hue,
+                                 gray=hardness * args.gray, blur=0)
     query_views = data.augment(batch["query_pixels"], batch["query_u"], args.size,
                                shapes=batch["query_shapes"], **flags)
-    if args.weak_keys:
-        flags |= dict(jitter=hardness * args.jitter, hue=hardness * args.hue,
-                      gray=hardness * args.gray, blur=0)
     key_views = data.augment(batch["key_pixels"], batch["key_u"], args.size,
-                             shapes=batch["key_shapes"], **flags)
+                             shapes=batch["key_shapes"], **key_flags)
     return query_views, key_views
 
 @torch.no_grad()
 def steer(hardness, accuracy, target):
     """Change `hardness` in place: up after a step whose instance accuracy is above `target`, since
     a task that is too easy teaches little, else down. An accuracy that stays 0.1 above the target
-    takes it from 0 to 1 in a thousand steps."""
+    takes it from 0 to 1 in a thousand steps. A target of 1 leaves it at 0."""
     hardness.add_(0.01 * (accuracy - target)).clamp_(0, 1)
 
 def augmentation(args):
@@ -255,14 +248,15 @@ def main(argv=None):
     train, test, args.size = data.load(args.data, args.root, args.size, device)
     out = Path(args.out or next_free_folder(args))
     is_resumed = args.resume and (out / "last.pt").exists()
-    start = None  # the network of --init; a run that goes on has its weights from last.pt
+    start = None  # the network of --init; a resumed run takes its weights from last.pt
     if args.init is not None and not is_resumed:
+        # --stem is None unless typed: pick_imagenet_stem and pick_stem come later
         start, known = read_checkpoint(args.init, args.arch, args.stem)
         args.stem = known["stem"]
     apply_rules(args, len(train))
     check(args, train)
-    args.images = train.fingerprint  # a run that goes on must find the same images: see `check`
-    lock = contextlib.nullcontext()
+    args.fingerprint = train.fingerprint  # a resumed run must find the same images: see `check`
+    lock = contextlib.nullcontext()  # two runs in one folder would overwrite each other
     if rank_world()[0] == 0:
         lock = locked(out / "lock", wait=False)
     with lock:
@@ -277,7 +271,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     # from the same seed, every process draws the same weights
     torch.manual_seed(args.seed)
     backbone = models.build(args.arch, args.stem)
-    untrained = to_evaluate(copy.deepcopy(backbone), device)  # for the report
+    untrained = to_evaluate(copy.deepcopy(backbone), device)  # for the report, as drawn
     if args.zero_init:
         models.start_as_identity(backbone)
     if start is not None:
@@ -294,7 +288,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     optimizer = Muon(moco.encoder_q, args.lr, args.muon, args.wd, fused)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    first, log = 0, []  # steps done, an entry an epoch
+    first, log = 0, []  # the first step, and an entry for each epoch before it
     if is_resumed:
         first, log = restore(out / "last.pt", moco, optimizer, scaler)
     refuse_differences(args, first)  # from here on, processes wait for each other
@@ -323,12 +317,12 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         optimizer.scale_rates(schedule(args, step, epoch_length))
         sums += take_step(load_batch(train, args, step))
 
-        epoch, done = divmod(step, epoch_length)
+        epoch, i = divmod(step, epoch_length)
         run_ends = step + 1 == args.steps
-        epoch_ends = run_ends or done + 1 == epoch_length
+        epoch_ends = run_ends or i + 1 == epoch_length
         if not (epoch_ends or progress.due()):
-            continue  # what follows reads the loss, so it waits for the device
-        loss, accuracy = (sums / (done + 1)).tolist()
+            continue  # reading the loss, as below, makes Python wait for the device
+        loss, accuracy = (sums / (i + 1)).tolist()
         seconds = time.monotonic() - progress.started
         entry = dict(epoch=epoch + 1, step=step + 1, minutes=minutes + seconds / 60, loss=loss,
                      instance_accuracy=100 * accuracy, hardness=moco.hardness.item(),
@@ -337,8 +331,8 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         if epoch_ends:
             stop_if_diverged(loss, moco, step, args)
             if run_ends or (epoch + 1) % args.knn_every == 0:
-                share_buffers(moco.encoder_q)
-                entry |= measure(moco.encoder_q.backbone.eval(), train, test, args)
+                share_buffers(moco.encoder_q)  # DDP shares them only before a step
+                entry |= monitor(moco.encoder_q.backbone.eval(), train, test, args)
                 moco.encoder_q.train()
             log.append(entry)
             sums.zero_()
@@ -364,8 +358,9 @@ def choose_dtype(precision, device, arch):
     return torch.bfloat16 if has_it and arch.startswith("resnet") else torch.float32
 
 class Muon(torch.optim.SGD):
-    """SGD with momentum. With `muon` > 0, the weights of dense convolutions that BatchNorm follows
-    move by nearly orthogonal matrices at that rate instead (Jordan et al. 2024).
+    """SGD with momentum, for all weights but those of most convolutions. If `muon` is above 0, each
+    of these moves by a nearly orthogonal matrix, at the rate `muon` (Jordan et al. 2024): the dense
+    ones with a BatchNorm after them, except the first, on colors.
 
     A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
     moves a layer equally far in all, and features that few images ask for are learned as early.
@@ -374,13 +369,10 @@ class Muon(torch.optim.SGD):
     """
 
     def __init__(self, net, lr, muon, wd, fused=False):
-        convolutions = []
-        for layer in net.modules():
-            is_dense = isinstance(layer, nn.Conv2d) and layer.groups == 1
-            # in these networks, no bias means that BatchNorm follows; the first one, on colors,
-            # stays out
-            if muon > 0 and is_dense and layer.bias is None and layer.in_channels > 3:
-                convolutions.append(layer.weight)
+        # in these networks, no bias means that BatchNorm follows
+        convolutions = [layer.weight for layer in net.modules()
+                        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and muon > 0
+                        and layer.bias is None and layer.in_channels > 3]
         chosen = set(convolutions)
         others = [w for w in net.parameters() if w not in chosen]
         groups = [dict(params=others, peak_lr=lr), dict(params=convolutions, peak_lr=muon)]
@@ -400,7 +392,7 @@ class Muon(torch.optim.SGD):
         group = self.param_groups[1]
         for w in group["params"]:
             momentum = self.state[w]["momentum_buffer"]
-            torch.add(w.grad, momentum, alpha=0.95, out=momentum)  # grad + 0.95 momentum
+            momentum.mul_(0.95).add_(w.grad)
             g = w.grad.add(momentum, alpha=0.95)  # Nesterov: grad + 0.95 of the new momentum
             g = g.permute(0, 2, 3, 1)  # the order of numbers in memory, with channels_last
             rows = g.flatten(1)  # one for each output channel
@@ -416,11 +408,11 @@ def orthogonal(g):
 
     Jordan's Newton-Schulz loop begins with x = g / |g| (Frobenius) and takes five steps
 
-        x <- p(a) x        a = x x^T        p(a) = 3.4445 - 4.775 a + 2.0315 a^2
+        x <- p x        p = 3.4445 I - 4.775 a + 2.0315 a^2        a = x x^T
 
-    Here x is never formed. As p(a) is symmetric, the next a is p(a) a p(a). All are small squares
-    of the shorter side of g, and g is multiplied once, by the product of the five p(a). That takes
-    a fifth to two thirds of the time of Jordan's loop.
+    Here x is never formed. As p is symmetric, the next a is p a p. All are small squares of the
+    shorter side of g, and g is multiplied once, by the product of the five p. That takes a fifth to
+    two thirds of the time of Jordan's loop.
 
     A shorter side above 160, as in ResNets, is cut into parts of 64, each of which is made
     orthogonal by itself. The whole then has singular values up to about 3. On a ResNet-18 that
@@ -435,12 +427,11 @@ def orthogonal(g):
     square = a.diagonal(0, -2, -1).sum(-1).clamp(min=1e-24)[..., None, None]  # the trace, |g|^2
     a /= square
     one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    # the first of the five steps
-    p = product = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
-    for _ in range(4):
-        a = p @ a @ p  # x x^T of the x after that step
+    product = one
+    for _ in range(5):
         p = 3.4445 * one - 4.775 * a + 2.0315 * a @ a
         product = p @ product
+        a = p @ a @ p
     return (product / square.sqrt() @ parts).view_as(g)
 
 class Recorded:
@@ -482,7 +473,7 @@ def schedule(args, step, epoch_length):
 
 # --------------------------------------------------------------------------- 5. monitor and report
 
-def measure(network, train, test, args, with_probe=False):
+def monitor(network, train, test, args, with_probe=False):
     """{name: %}: kNN (and linear) accuracy on held-out images; without labels, the share of images
     that are the nearest ones to another view of themselves."""
     if test is None:
@@ -494,7 +485,7 @@ def report(out, learned, untrained, train, test, args):
     networks = {"learned": learned.eval(), "random weights": untrained, "raw pixels": Pixels()}
     print0("")
     for name, network in networks.items():
-        print0(f"{name:<16}{in_words(measure(network, train, test, args, with_probe=True))}")
+        print0(f"{name:<16}{in_words(monitor(network, train, test, args, with_probe=True))}")
     if test is None:
         print0("(found: % of images that are found first by another view of themselves)")
     else:
@@ -551,9 +542,9 @@ def restore(path, moco, optimizer, scaler):
     last = load_file(path)
     try:
         moco.load_state_dict(last["model"])
-        # without the rates, which are on this device already, where a recorded step reads them
-        momentum = dict(state=last["optimizer"]["state"])
-        optimizer.load_state_dict(optimizer.state_dict() | momentum)
+        # only the momentum: the rates are on this device already, where a recorded step reads them
+        state = optimizer.state_dict() | dict(state=last["optimizer"]["state"])
+        optimizer.load_state_dict(state)
         if last["scaler"]:  # empty, if the run had no float16 before
             scaler.load_state_dict(last["scaler"])
         step, log = int(last["step"]), list(last["log"])
@@ -566,7 +557,7 @@ def refuse_differences(args, first):
     """End all processes with one line unless they have the same flags, images and steps done."""
     if not dist.is_initialized():
         return
-    # a node may call its folders otherwise
+    # paths may differ between machines
     facts = vars(args) | dict(steps_done=first, out="", data="", root="")
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, facts)
@@ -581,21 +572,25 @@ def stop_if_diverged(loss, moco, step, args):
     weights = moco.encoder_q.state_dict().values()
     if not (math.isfinite(loss) and all(w.isfinite().all() for w in weights)):
         raise InputError(
-            f"the loss is {loss:g} at step {step + 1}, and weights have grown without bound; lower "
+            f"the loss is {loss:g} at step {step + 1}, or weights have grown without bound; lower "
             f"--lr (now {args.lr:g}) or --muon, raise --temp, or add --warmup; a last.pt in the "
             "run's folder is from before")
 
 # ------------------------------------------------------------------------- 7. rules, flags, recipes
 #
-# A rule picks the value of an open flag from the flags above it in FLAGS and from the number n of
-# images. (Only pick_epochs looks below, at typed --steps.) Its docstring is what --help says of it.
+# A flag has the value of the first of these that gives one: the command line; args.json of the run
+# that goes on; the recipe's value; the recipe's rule. Until then it is None. `parse` does the first
+# three; `apply_rules` does the last, when the images are known.
+#
+# A rule picks a value from the flags above its own in FLAGS and from the number n of images. (Only
+# pick_epochs looks below, at --steps if it was typed.) Its docstring is what --help says of it.
 
 def epoch_steps(args, n):
     """Steps of an epoch; the last incomplete batch is dropped."""
     return max(1, n // args.batch)
 
 def pick_batch(args, n):
-    """1/80 of the images, 64 to 256"""
+    """1/80 of the images, 64 to 256, as a power of two"""
     world = rank_world()[1]
     batch = max(2 * world, 4, power_of_two(min(256, max(64, n // 80), n // 4)))
     return math.ceil(batch / world) * world
@@ -612,12 +607,12 @@ def pick_steps(args, n):
 
 def pick_imagenet_stem(args, n):
     """imagenet"""
-    return "imagenet"  # by a rule, since --init brings a stem of its own
+    return "imagenet"  # a rule and no value, so that the stem of --init comes before it
 
 def pick_stem(args, n):
     """small if the run shows about a million images, in views below 64 pixels, else imagenet"""
-    # its maps are larger: a step of a MobileNet takes two to three times as long; long runs gain
-    # (an epoch drops its last incomplete batch, so a million images are 950,000 or more)
+    # Its maps are larger, so a step of a MobileNet takes two to three times as long, which pays in
+    # long runs. An epoch drops its last incomplete batch: a million images are 950,000 or more.
     return "small" if args.steps * args.batch > 900_000 and args.size < 64 else "imagenet"
 
 def pick_quick_lr(args, n):
@@ -635,8 +630,8 @@ def pick_warmup(args, n):
     return round(min(2, args.steps / epoch_steps(args, n) / 7), 4)
 
 def pick_crop(args, n):
-    """from 0.2 to 1; in runs under 2,000 steps from up to 0.35"""
-    # what two small crops of an image share takes longer to find than a short run has
+    """0.2 1; in runs under 2,000 steps the 0.2 grows up to 0.35"""
+    # a short run has no time to learn what two small crops share
     return [round(min(0.35, max(0.2, 400 / args.steps)), 3), 1.0]
 
 def pick_momentum(args, n):
@@ -646,10 +641,10 @@ def pick_momentum(args, n):
     return round(min(0.999, max(0.8, 1 - 200 / args.steps)), 4)
 
 def pick_queue(args, n):
-    """a tenth of the images, no keys staler than MoCo's, but two batches at least"""
-    # MoCo's queue spans 256 steps, in which f_k moves by 256 (1 - m) = 0.256. With an eighth of the
-    # images or less, fewer than 1 % of the queries meet a key of their own image, from the end of
-    # the epoch before.
+    """a tenth of the images, or less if keys would be staler than MoCo's; a power of two"""
+    # MoCo's oldest keys are 256 steps old. In these steps its key encoder takes over a share of
+    # 256 (1 - m) = 0.256 of the query encoder. `spanned` is the number of steps with the same share
+    # here. At most an eighth of the images: else queries often meet another key of their own image.
     spanned = round(0.256 / max(1e-6, 1 - args.momentum), 3)
     longest = power_of_two(min(65536, n // 10, spanned * args.batch))
     return max(args.batch, min(max(2 * args.batch, longest), n // 8))
@@ -668,6 +663,7 @@ def power_of_two(n):
     """The largest one up to n."""
     return 2 ** int(math.log2(max(1, n)))
 
+# what argparse has to know of each kind of flag
 TEXT = dict()
 WHOLE = dict(type=positive)
 SHARE = dict(type=share)
@@ -681,7 +677,7 @@ FLAGS = [
     ("size", WHOLE, None, "side of a view [letters: 32; a folder: its median side, within 32 to "
      "224, on a CPU 32 to 64; other sets: their own]"),
     ("arch", dict(choices=list(models.ARCHS)), "mobilenetv3", "the backbone"),
-    ("head", dict(choices=models.HEADS), "simple", "the projection head"),
+    ("head", dict(choices=list(models.HEADS)), "simple", "the projection head"),
     ("dim", WHOLE, 128, "width C of the embedding"),
     ("init", TEXT, None, "start from the backbone of this checkpoint [random weights]"),
     ("zero_init", SWITCH, False, "blocks start as the identity (Goyal 2017)"),
@@ -747,7 +743,7 @@ def parse(argv):
     args = parser.parse_args(argv)  # what is not typed is None
     if args.steps is not None and args.epochs is not None:
         raise InputError("--steps, --epochs: give one of the two")
-    args = flags_of_the_run(args)
+    args = add_saved_flags(args)
     args.recipe = args.recipe or recipes[0]
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None and not callable(value):
@@ -765,7 +761,7 @@ def apply_rules(args, n):
         print0(f"--recipe {args.recipe}, for {n:,} images: {', '.join(picked)} (a typed flag wins, "
                "such as fewer --epochs for a first look)")
 
-def flags_of_the_run(args):
+def add_saved_flags(args):
     """A run that goes on keeps its flags; only where and how it runs may be typed anew."""
     if args.resume and args.out is None:
         raise InputError("--resume: name the run's folder with --out")
@@ -789,7 +785,7 @@ def check(args, images):
     """Refuse what cannot work, in one line that says how to fix it."""
     n = len(images)
     world = rank_world()[1]
-    if getattr(args, "images", images.fingerprint) != images.fingerprint:
+    if getattr(args, "fingerprint", images.fingerprint) != images.fingerprint:
         raise InputError(f"--data {args.data}: the run in {args.out} began with other images; put "
                          "them back, or begin another run (--init takes its weights)")
     if n < max(5, 2 * world):
@@ -802,7 +798,7 @@ def check(args, images):
         ("bn_splits", args.bn_splits % world == 0 and 2 * args.bn_splits <= args.batch,
          f"a multiple of {world} processes, and leave parts of 2 or more of --batch {args.batch}"),
         ("crop", args.crop[0] <= args.crop[1], "the smaller area, then the larger one"),
-        # below that, float32 could not hold the weight of an own key in the softmax
+        # below 0.03, float32 could not hold the weight of an own key in the softmax
         ("temp", 0.03 <= args.temp < math.inf, "0.03 or more")]
     for name, can_work, wanted in rules:
         if not can_work:

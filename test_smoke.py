@@ -307,8 +307,8 @@ def test_augment_joins_its_parts():
     u[:, [data.FLIP, data.JITTER, data.BLUR]] = 0.1
     u[:, data.GRAY] = torch.tensor([0.99, 0.99, 0])
     ours = data.augment(images, u, 24, crop=(0.2, 1), hue=0)
-    side = torch.full((3,), 40.0)
-    for i, box in enumerate(data.crop_boxes(u, side, side, (0.2, 1)).int().tolist()):
+    sides = torch.full((3, 2), 40.0)
+    for i, box in enumerate(data.crop_boxes(u, sides, (0.2, 1)).int().tolist()):
         y = TF.hflip(TF.resized_crop(images[i] / 255, *box, [24, 24], antialias=True))
         brightness, contrast, saturation = 0.6 + 0.8 * u[i, data.BRIGHTNESS:data.HUE]
         y = TF.adjust_contrast(TF.adjust_brightness(y, brightness), contrast)
@@ -330,8 +330,8 @@ def one_crop(u, height, width, scale):
 @pytest.mark.parametrize("height,width", [(32, 32), (100, 40), (10, 400), (1, 1)])
 def test_crop_boxes_are_torchvisions(height, width):
     u = rand(200, data.COLUMNS)
-    one = torch.ones(200)
-    ours = data.crop_boxes(u, height * one, width * one, (0.2, 1)).int().tolist()
+    shapes = torch.tensor([[height, width]]).float().repeat(200, 1)
+    ours = data.crop_boxes(u, shapes, (0.2, 1)).int().tolist()
     expected = [list(one_crop(row, height, width, (0.2, 1))) for row in u]
     assert sum(map(list.__ne__, ours, expected)) <= 2  # float32 may round a half the other way
 
@@ -451,7 +451,7 @@ def test_views_of_the_decoded_folder_are_crops_of_the_original(tmp_path):
     u = rand(4, data.COLUMNS, seed=5)
     pixels, sides = images.get(torch.arange(4))
     views = data.augment(pixels, u, 112, (0.2, 1), 0, 0, 0, 0, sides)
-    boxes = data.crop_boxes(u, *sides.T, (0.2, 1)).int().tolist()
+    boxes = data.crop_boxes(u, sides, (0.2, 1)).int().tolist()
     for i, box in enumerate(boxes):
         original = photo(*shapes[i], seed=i) / 255
         crop = TF.resized_crop(original, *box, [112, 112], antialias=True)
@@ -1120,10 +1120,10 @@ def test_the_probe_fits_features_of_any_scale_and_none_that_collapsed():
     test_x, test_y = blobs(400, seed=1)
     for scale in (1, 1e-6):
         weight, bias = linear_eval.linear_probe(scale * x, y, 5)
-        assert linear_eval.accuracy(weight, bias, scale * test_x, test_y) > 60
+        assert linear_eval.accuracy(F.linear(scale * test_x, weight, bias), test_y) > 60
     for size in (0, 1e-8):  # what varies is rounding
         x = 1 + rand(300) + size * torch.randn(400, 300, generator=generator(1))
-        assert linear_eval.accuracy(*linear_eval.linear_probe(x, y, 5), x, y) < 21
+        assert linear_eval.accuracy(F.linear(x, *linear_eval.linear_probe(x, y, 5)), y) < 21
 
 def test_held_out_part_and_label_subsets():
     y = torch.tensor([0] * 20 + [1] * 7 + [2] * 3 + [3])[torch.randperm(31, generator=generator(0))]
@@ -1213,7 +1213,7 @@ def test_an_evaluation_end_to_end_and_the_readmes_classifier(tmp_path, monkeypat
         lines = lines.replace(written, here)
     scope = dict(torch=torch, torchvision=torchvision)
     exec(lines, scope)
-    assert_close(scope["answer"].values[0], guess[3].softmax(0).sort(descending=True)[0], atol=0.02,
+    assert_close(scope["answer"].values[0], guess[3].softmax(0).sort(descending=True)[0], atol=0.05,
                  rtol=0)
 
 # ------------------------------------------------------------------------------------- analyze.py
@@ -1239,17 +1239,18 @@ def test_instance_discrimination_is_a_search():
             own = squared(query[i], positive[i])
             better = sum(squared(query[i], others[j]) <= own for j in range(len(o)) if j != i)
             hits += better < np.arange(1, 6)
-        ours = analyze.instance_discrimination(query, positive, others)
+        ours = linear_eval.instance_discrimination(query, positive, others)
         assert ours.tolist() == pytest.approx(100 * hits / len(o))
     same = torch.ones(1500, 3)
-    assert analyze.instance_discrimination(same, same, same)[4] == 0
-    assert analyze.instance_discrimination(o, o, a)[0] == 100
+    assert linear_eval.instance_discrimination(same, same, same)[4] == 0
+    assert linear_eval.instance_discrimination(o, o, a)[0] == 100
 
 def test_found_compares_two_views_of_an_image(flat):
     images = load(flat[1], flat[3], size=32)[0]
     pixels = linear_eval.Pixels()
-    assert 0 < analyze.found(pixels, images, 32) < analyze.found(pixels, images, 32, jitter=0)
-    assert analyze.found(lambda x: pixels(0 * x + 1), images, 32) == 0
+    hard, easy = [linear_eval.found(pixels, images, 32, jitter=jitter) for jitter in (0.4, 0)]
+    assert 0 < hard < easy
+    assert linear_eval.found(lambda x: pixels(0 * x + 1), images, 32) == 0
 
 def test_distances_are_means_over_pairs():
     o, a, b, y = sample()

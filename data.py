@@ -281,26 +281,36 @@ GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabefghmnrty123456789#$%&*+<=?@[{(~^!;\""
 def letters(n, seed, size=32):
     """`n` drawings of GLYPHS -> pixels (n, 3, size, size) uint8, labels (n,), names.
 
-    Each is turned, moved, zoomed, sheared and dimmed at random. All have the same ink and the same
+    Each is turned, sheared, zoomed, moved and dimmed at random. All have the same ink and the same
     paper: if they differed in color, color would be the cheapest way to tell them apart, and
     nothing else would be learned.
     """
-    from torchvision.transforms.functional import InterpolationMode, affine
     font = ImageFont.load_default(1.6 * size)
+    large = (2 * size, 2 * size)  # drawn so large and then halved, for smooth edges
+    middle = size
     glyphs = []
     for glyph in GLYPHS:
-        picture = Image.new("L", (2 * size, 2 * size))  # drawn twice as large, for smooth edges
-        ImageDraw.Draw(picture).text((size, size), glyph, 255, font, anchor="mm")
+        picture = Image.new("L", large)
+        ImageDraw.Draw(picture).text((middle, middle), glyph, 255, font, anchor="mm")
         glyphs.append(picture)
     paper = torch.tensor([0.04, 0.05, 0.08])[:, None, None]
     color = torch.tensor([0.55, 0.95, 0.65])[:, None, None]
     labels = torch.arange(n) % len(GLYPHS)
     numbers = 2 * torch.rand(6, n, generator=seeded("letters", seed)) - 1
     pictures = []
-    for label, (turn, x, y, zoom, shear, light) in zip(labels, numbers.T.tolist()):
-        move = [0.2 * size * x, 0.2 * size * y]
-        picture = affine(glyphs[label], 22 * turn, move, 0.775 + 0.225 * zoom, [14 * shear, 0],
-                         InterpolationMode.BILINEAR)
+    for label, (turn, shear, zoom, x, y, light) in zip(labels, numbers.T.tolist()):
+        # Pixel (column, row) of the picture shows the glyph at (a column + b row + c, d column + e
+        # row + f): that is a turn by 22 degrees at most, divided by the zoom, after a shear.
+        angle = math.radians(22 * turn)
+        scale = 0.775 + 0.225 * zoom
+        a = math.cos(angle) / scale
+        d = math.sin(angle) / scale
+        b = 0.25 * shear * a - d
+        e = 0.25 * shear * d + a
+        x = middle * (0.2 * x - 1)
+        y = middle * (0.2 * y - 1)
+        places = (a, b, a * x + b * y + middle, d, e, d * x + e * y + middle)
+        picture = glyphs[label].transform(large, Image.AFFINE, places, Image.BILINEAR)
         ink = torch.from_numpy(np.array(picture.reduce(2))) / 255
         picture = (0.8 + 0.2 * light) * torch.lerp(paper, color, ink)
         pictures.append((255 * picture).round().byte())
@@ -331,13 +341,16 @@ EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif",
 FORMATS = sorted({kind for extension, kind in Image.registered_extensions().items()
                   if extension in EXTENSIONS})
 
+TESTS = ("test", "val", "valid")  # names of a folder of held-out images
+
 def load_folder(folder, root, size, device):
     """The images of a folder -> training Images; held-out Images or None; the side of a view.
 
-    The folder holds CLASS/*, or train/CLASS/* and perhaps test/CLASS/* or val/CLASS/*. If both have
-    images, test/ counts and val/ does not. If neither has, `hold_out` picks some of each class.
-    If there are fewer than two classes, or if any image lies outside of the class folders, the
-    images have no labels: all train, and test/ and val/ do not count.
+    The folder holds CLASS/*, or train/CLASS/* and perhaps test/CLASS/*, which may also be called
+    val/ or valid/. If there are several of these, the first one counts. If there is none,
+    `hold_out` picks some of each class. If there are fewer than two classes, or if any image for
+    training lies outside of the class folders, the images have no labels: all of these train, and
+    test/ does not count.
 
     A `size` of None is the median of the images' shorter sides, rounded down to a multiple of 32,
     within 32..224, or on a CPU within 32..64. Images are stored at that median, within 1..1.5 times
@@ -349,24 +362,30 @@ def load_folder(folder, root, size, device):
     train = names = scan(folder)
     test = []
     parts = {first_folder(name) for name in names}
-    if "train" in parts and parts <= {"train", "test", "val"}:  # else train/ is a class
-        test_name = "test" if "test" in parts else "val"
+    if "train" in parts and parts <= {"train", *TESTS}:  # else train/ is a class
         train_folder = folder / "train"
-        test_folder = folder / test_name
         train = below("train/", names)
-        test = below(f"{test_name}/", names)
+        for part in TESTS:
+            if part in parts and not test:
+                test_folder = folder / part
+                test = below(f"{part}/", names)
     if not train:
-        raise InputError(f"--data {folder}: no image in it (looked for {' '.join(EXTENSIONS)})")
-    classes = sorted({first_folder(name) for name in train + test})
-    if len(classes) > 2 and "" in classes:
-        print0(f"no labels: of the images in {folder}, some lie outside of the class folders")
-    if len(classes) < 2 or "" in classes:
+        raise InputError(f"--data {folder}: no image in it (looked for {' '.join(EXTENSIONS)}; "
+                         "folders with an args.json or analysis.json do not count)")
+    classes = sorted({first_folder(name) for name in train})
+    if "" in classes and len(classes) > 2:
+        loose = [name for name in train if "/" not in name]
+        print0(f"no labels, since images lie outside of the class folders, such as {loose[0]}")
+    if "" in classes or len(classes) < 2:
         classes = []
         test = []
     elif not test:
         test_folder = train_folder
         test = hold_out(train)
         train = sorted(set(train) - set(test))
+    for name in test:
+        if first_folder(name) not in classes:
+            raise InputError(f"--data {test_folder / name}: {train_folder} has no such class")
 
     side = median_side([train_folder / name for name in train])
     most = 64 if device.type == "cpu" else 224
@@ -377,11 +396,11 @@ def load_folder(folder, root, size, device):
 
 def scan(folder):
     """The names below `folder`, sorted, of the image files in it and in its folders. Hidden files
-    and folders do not count, nor do folders with an args.json: these scripts wrote it."""
+    and folders do not count, nor do those in which these scripts wrote results."""
     found = []
     for here, folders, files in os.walk(folder, onerror=refuse_folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if "args.json" in files:
+        if "args.json" in files or "analysis.json" in files:
             folders.clear()
             continue
         for name in files:
@@ -426,15 +445,16 @@ def decoded(folder, names, classes, side, out, device):
     """The Images of the files `names` in `folder`, as squares of `side` pixels; None for no file.
 
     They are decoded once, into a file in the folder `out` that is called by a hash of their
-    names, sizes and times. Of processes that need the same file, one decodes, the others wait.
+    paths, sizes and times. Of processes that need the same file, one decodes, the others wait.
     """
     if not names:
         return None
     paths = [folder / name for name in names]
-    states = [path.stat() for path in paths]
+    states = [os.stat(path, follow_symlinks=path.exists()) for path in paths]  # links may dangle
     sizes = [(name, state.st_size) for name, state in zip(names, states)]
     times = [state.st_mtime_ns for state in states]
-    file = out / f"{folder.resolve().name}-{side}px-{digest(sizes + times)}.pixels"
+    key = digest([str(folder.resolve()), sizes, times])
+    file = out / f"{folder.resolve().name}-{side}px-{key}.pixels"
     if not file.exists():
         with locked(file.with_suffix(".lock")):
             if not file.exists():  # unless another process has just decoded them

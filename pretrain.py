@@ -542,9 +542,10 @@ def restore(path, moco, optimizer, scaler):
     last = load_file(path)
     try:
         moco.load_state_dict(last["model"])
-        # only the momentum: the rates are on this device already, where a recorded step reads them
-        state = optimizer.state_dict() | dict(state=last["optimizer"]["state"])
-        optimizer.load_state_dict(state)
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(last["optimizer"])  # raises an error if of other weights
+        # the rates of before: they are on this device, where a recorded step reads them
+        optimizer.load_state_dict(dict(state=last["optimizer"]["state"], param_groups=groups))
         if last["scaler"]:  # empty, if the run had no float16 before
             scaler.load_state_dict(last["scaler"])
         step, log = int(last["step"]), list(last["log"])

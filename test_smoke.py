@@ -388,7 +388,7 @@ def test_no_image_is_handed_to_another_program(tmp_path, monkeypatch):
 def test_folders(tmp_path, capsys):
     make_folder(tmp_path / "split/train")
     make_folder(tmp_path / "split/test", per=2, seed=50)
-    (tmp_path / "split/val").mkdir()  # empty: test/ counts
+    make_folder(tmp_path / "split/valid", classes=("x",))  # test/ counts
     strange = tmp_path / "split/train/a"
     (strange / "html.jpg").write_text("<html>")
     (strange / "torn.jpg").write_bytes((strange / "7 é.jpg").read_bytes()[:300])
@@ -853,6 +853,7 @@ run --resume -> --out
 run --data empty -> empty
 run --data nowhere -> nowhere
 run --data few -> few
+run --data strange -> no such class
 run --init mobile.pt --arch resnet18 -> mobile.pt
 run --init torn.pt -> torn.pt
 run --init hostile.pt -> hostile.pt
@@ -887,6 +888,8 @@ def bad_folder(tmp_path_factory):
     make_folder(here / "images", per=10)
     (here / "empty").mkdir()
     make_folder(here / "few", classes=(".",), per=4)
+    make_folder(here / "strange/train")
+    make_folder(here / "strange/valid", classes=("A",))
     make_folder(here / "unheld/train", per=1)
     make_folder(here / "unheld/test", per=0)
     make_folder(here / "one/train", per=5)

@@ -44,8 +44,8 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import models
 from data import (InputError, Progress, gather, init_device, load_file, locked, mean_over_processes,
-                  move_to_device, positive, print0, rank_world, run, save, share,
-                  share_buffers, to_device)
+                  move_to_device, positive, print0, rank_world, run, save, share, share_buffers,
+                  to_device)
 from linear_eval import Pixels, found, judge, read_checkpoint, to_evaluate
 
 # ----------------------------------------------------------------------------------- 1. the method
@@ -130,8 +130,7 @@ def info_nce_plain(q, k, queue, temperature):
 
 def info_nce(q, k, queue, temperature):
     """info_nce_plain by one call of torch's attention, which never holds the N x K logits. Only q
-    gets a gradient. With p the softmax weight of a query's own key k, and w_j those of the queue's
-    u_j,
+    gets a gradient. With p the softmax weight of a query's own key, w_j those of the queue's u_j,
 
         loss = -log p        dloss/dq = (sum_j w_j u_j + (p - 1) k) / T
 
@@ -212,9 +211,9 @@ def load_batch(images, args, step):
 def make_views(batch, args, hardness):
     """-> query views and key views, (B / processes, 3, size, size) each.
 
-    `hardness`, from 0 to 1, is set by `steer`. At 0 the views are as the flags say. At 1
-    the smallest crop has 0.4 times the area that --crop says (0.08 instead of 0.2), and weak keys
-    have colors as strong as those of queries. Weak keys are never blurred.
+    `hardness`, from 0 to 1, is set by `steer`. At 0 the views are as the flags say. At 1 the
+    smallest crop has 0.4 times the area that --crop says (0.08 instead of 0.2), and weak keys have
+    colors as strong as those of queries. Weak keys are never blurred.
     """
     flags = augmentation(args)
     smallest, largest = args.crop

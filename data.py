@@ -90,8 +90,7 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
 
 def center(images, size, shapes):
     """Views (n, 3, size, size) for evaluation of images (n, 3, S, S) uint8 that had the heights and
-    widths shapes (n, 2): the largest center squares.
-    """
+    widths shapes (n, 2): the largest center squares."""
     shortest = shapes.amin(1, keepdim=True).expand_as(shapes)
     box = torch.cat([(shapes - shortest) / 2, shortest], 1)
     mean, std, _, _ = constants(images.device)
@@ -250,8 +249,7 @@ def load(name, root="data", size=None, device=torch.device("cpu")):
 
     `name` is letters, cifar10, cifar100, stl10 or a folder. Downloads and decoded images go to the
     folder `root`. A `size` of None is 32 for letters and the images' own side for the downloaded
-    sets; for folders see `load_folder`.
-    Raises InputError for what is not there or cannot be read.
+    sets; for folders see `load_folder`. Raises InputError for what is not there or cannot be read.
     """
     if name == "letters":
         parts = [letters(5120, 0, size or 32), letters(1280, 1, size or 32)]
@@ -362,7 +360,7 @@ def load_folder(folder, root, size, device):
     train = names = scan(folder)
     test = []
     parts = {first_folder(name) for name in names}
-    if "train" in parts and parts <= {"train", *TESTS}:  # else train/ is a class
+    if "train" in parts and parts <= {"", "train", *TESTS}:  # else train/ is a class
         train_folder = folder / "train"
         train = below("train/", names)
         for part in TESTS:

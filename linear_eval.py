@@ -344,13 +344,11 @@ def read_state(path):
                if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not tensors:
         raise InputError(f"{path}: holds no state dict")
-    flags = content.get("args")
+    flags = content.get("args", {})
     file = path.parent / "args.json"
     if file.is_file():
         flags = json.loads(file.read_text())
-    known = {}
-    if isinstance(flags, dict):
-        known = {key: flags[key] for key in FLAGS if flags.get(key) is not None}
+    known = {key: flags[key] for key in FLAGS if flags.get(key) is not None}
     return tensors, known
 
 def weights_of(state, arch, names):

@@ -20,8 +20,8 @@ from torch import nn
 
 # --------------------------------------------------------------------------------------- 1. blocks
 
-def conv_bn(cin, cout, kernel=3, stride=1, groups=1, act=nn.ReLU, eps=1e-5):
-    """Convolution, BatchNorm, and the activation `act` (None: no activation), with torchvision's
+def conv_bn(cin, cout, kernel, stride=1, groups=1, act=None, eps=1e-5):
+    """Convolution, BatchNorm, and the activation `act`, if it is not None, with torchvision's
     names. A map (N, cin, H, W) becomes (N, cout, H / stride, W / stride).
 
     BatchNorm keeps torch's momentum of 0.1. With torchvision's 0.01 for MobileNetV3, the running
@@ -37,7 +37,7 @@ def shortcut_conv(cin, cout, stride):
     """The 1x1 convolution on a ResNet's shortcut if the block changes the shape, else None."""
     if stride == 1 and cin == cout:
         return None
-    return conv_bn(cin, cout, 1, stride, act=None)
+    return conv_bn(cin, cout, 1, stride)
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut (He et al. 2016): ResNet-18 and -34."""
@@ -111,7 +111,7 @@ class InvertedResidual(nn.Module):
         layers.append(depthwise)
         if squeeze > 0:
             layers.append(SqueezeExcitation(expanded, squeeze, se_act, se_gate))
-        layers.append(conv_bn(expanded, cout, 1, act=None, eps=eps))
+        layers.append(conv_bn(expanded, cout, 1, eps=eps))
         self.block = nn.Sequential(*layers)
         self.has_shortcut = stride == 1 and cin == cout
 
@@ -166,7 +166,7 @@ class MobileNetV3(nn.Module):
             if has_se:
                 squeeze = multiple_of_8(expanded / 4)
             layers.append(InvertedResidual(cin, expanded, cout, kernel, stride, squeeze, act,
-                                           nn.ReLU, nn.Hardsigmoid, eps))
+                                           se_act=nn.ReLU, se_gate=nn.Hardsigmoid, eps=eps))
             cin = cout
         layers.append(conv_bn(cin, 6 * cin, 1, act=nn.Hardswish, eps=eps))
         self.features = nn.Sequential(*layers)
@@ -186,7 +186,8 @@ class EfficientNet(nn.Module):
             blocks = []
             for _ in range(math.ceil(count * depth)):
                 blocks.append(InvertedResidual(cin, cin * expand, cout, kernel, stride, cin // 4,
-                                               nn.SiLU, nn.SiLU, nn.Sigmoid, eps=1e-5))
+                                               act=nn.SiLU, se_act=nn.SiLU, se_gate=nn.Sigmoid,
+                                               eps=1e-5))
                 cin = cout
                 stride = 1  # after the first block of a row
             layers.append(nn.Sequential(*blocks))
@@ -204,9 +205,9 @@ def multiple_of_8(channels):
         rounded += 8
     return rounded
 
+HS, RE = nn.Hardswish, nn.ReLU
 # Howard et al. 2019, tables 1 and 2:
 # kernel, expanded width, channels out, squeeze-excitation, activation, stride
-HS, RE = nn.Hardswish, nn.ReLU
 MOBILENETV3_LARGE = [
     (3, 16, 16, False, RE, 1),
     (3, 64, 24, False, RE, 2), (3, 72, 24, False, RE, 1),

@@ -415,7 +415,7 @@ def orthogonal(g):
 
     A shorter side above 160, as in ResNets, is cut into parts of 64, each of which is made
     orthogonal by itself. The whole then has singular values up to about 3. On a ResNet-18 that
-    takes a fifth of the time, and the network learns as well.
+    takes a sixth of the time, and the network learns as well.
     """
     if len(g) > g.shape[1]:
         return orthogonal(g.T).T

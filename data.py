@@ -75,10 +75,14 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
         sigma = torch.where(u[:, BLUR] < blur, (0.1 + 1.9 * u[:, SIGMA]) * size / 224, 0)
     x = cut(images, box, shapes, size, u[:, FLIP] < 0.5, sigma)
 
-    changes = (u[:, JITTER] < 0.8) * (2 * u[:, BRIGHTNESS:HUE + 1].T - 1)  # within -1..1, or 0
-    brightness, contrast, saturation = 1 + jitter * changes[:3]
+    jittered = (u[:, JITTER] < 0.8).float()  # where it is 0, all factors are 1
+    lowest = 1 - jitter * jittered
+    highest = 1 + jitter * jittered
+    factors = torch.lerp(lowest[:, None], highest[:, None], u[:, BRIGHTNESS:HUE])
+    brightness, contrast, saturation = factors.T
     saturation = torch.where(u[:, GRAY] < gray, 0, saturation)  # 0 is grayscale
-    on_pixel, on_mean = color_matrix(brightness, contrast, saturation, hue * changes[3])
+    turns = hue * jittered * (2 * u[:, HUE] - 1)
+    on_pixel, on_mean = color_matrix(brightness, contrast, saturation, turns)
 
     # A jittered pixel is on_pixel x + on_mean mean(x). It is normalized in the same matrix product:
     # ((on_pixel x + on_mean mean(x)) / 255 - MEAN) / STD = shift / STD + on_pixel / (255 STD) x

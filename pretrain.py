@@ -391,7 +391,7 @@ class Muon(torch.optim.SGD):
         group = self.param_groups[1]
         for w in group["params"]:
             momentum = self.state[w]["momentum_buffer"]
-            momentum.mul_(0.95).add_(w.grad)
+            torch.add(w.grad, momentum, alpha=0.95, out=momentum)  # grad + 0.95 momentum
             g = w.grad.add(momentum, alpha=0.95)  # Nesterov: grad + 0.95 of the new momentum
             g = g.permute(0, 2, 3, 1)  # the order of numbers in memory, with channels_last
             rows = g.flatten(1)  # one for each output channel
@@ -423,8 +423,9 @@ def orthogonal(g):
     if len(g) > 160 and len(g) % 64 == 0:
         parts = g.unflatten(0, (-1, 64))  # (n, 64, width): what follows is done for each of the n
     a = parts @ parts.mT
-    square = a.diagonal(0, -2, -1).sum(-1).clamp(min=1e-24)[..., None, None]  # the trace, |g|^2
-    a /= square
+    # the trace, |g|^2
+    square = a.trace() if parts is g else a.diagonal(0, 1, 2).sum(1)[:, None, None]
+    a /= square.clamp_(min=1e-24)
     one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     product = one
     for _ in range(5):

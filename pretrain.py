@@ -542,10 +542,10 @@ def restore(path, moco, optimizer, scaler):
     last = load_file(path)
     try:
         moco.load_state_dict(last["model"])
-        groups = optimizer.state_dict()["param_groups"]
+        for saved, own in zip(last["optimizer"]["param_groups"], optimizer.param_groups):
+            # a recorded step reads the rate on this device
+            saved.update(lr=own["lr"], fused=own["fused"])
         optimizer.load_state_dict(last["optimizer"])  # raises an error if of other weights
-        # the rates of before: they are on this device, where a recorded step reads them
-        optimizer.load_state_dict(dict(state=last["optimizer"]["state"], param_groups=groups))
         if last["scaler"]:  # empty, if the run had no float16 before
             scaler.load_state_dict(last["scaler"])
         step, log = int(last["step"]), list(last["log"])
@@ -642,7 +642,7 @@ def pick_momentum(args, n):
     return round(min(0.999, max(0.8, 1 - 200 / args.steps)), 4)
 
 def pick_queue(args, n):
-    """a tenth of the images, or less if keys would be staler than MoCo's; a power of two"""
+    """a tenth of the images, no keys staler than MoCo's, but two batches at least"""
     # MoCo's oldest keys are 256 steps old. In these steps its key encoder takes over a share of
     # 256 (1 - m) = 0.256 of the query encoder. `spanned` is the number of steps with the same share
     # here. At most an eighth of the images: else queries often meet another key of their own image.

@@ -297,10 +297,11 @@ FLAGS = Checkpoint._fields[2:]  # arch to data: flags of these scripts, which ar
 
 def read_checkpoint(path, arch=None, stem=None):
     """The network in a checkpoint, with its weights, and what is known of it: a dict of arch and
-    stem, and of size and data if args.json has them. No code in the file is run.
+    stem, and of size and data where they are known. No code in the file is run.
 
     `path` is a run's folder or one of the files that `read_state` reads. What is known comes from
-    args.json in its folder, or from `args` in the file; a typed `arch` comes before that. Raises
+    args.json or result.json in its folder, or from `args` in the file; a typed `arch` comes before
+    that. Raises
     InputError if the file does not hold the whole of that network, or a network with another stem.
     """
     path = Path(path)
@@ -345,9 +346,10 @@ def read_state(path):
     if not tensors:
         raise InputError(f"{path}: holds no state dict")
     flags = content.get("args", {})
-    file = path.parent / "args.json"
-    if file.is_file():
-        flags = json.loads(file.read_text())
+    for name in ("args.json", "result.json"):  # of a run, of an evaluation
+        file = path.parent / name
+        if file.is_file():
+            flags = json.loads(file.read_text())
     known = {key: flags[key] for key in FLAGS if flags.get(key) is not None}
     return tensors, known
 

@@ -547,20 +547,21 @@ def full_disk(*args):
 # ------------------------------------------------------------------------------------ pretrain.py
 
 def embeddings(N, C, K):
-    """Queries from near to far from their keys, and a queue with some hard negatives, float64."""
-    k = unit(N, C, seed=1)
+    """Queries from near to far from their own keys, the rows of these in a queue with some hard
+    negatives, and the queue, float64."""
     queue = unit(K, C, seed=2)
+    queue[::max(2, K // 50)] = F.normalize(queue[0] + 0.5 * queue[::max(2, K // 50)], dim=1)
+    own = torch.randperm(K, generator=generator(1))[:N]
     distance = torch.linspace(0.2, 3, N, dtype=torch.float64)[:, None]
-    q = F.normalize(k + unit(N, C, seed=3) * distance, dim=1)
-    hard = queue[::max(1, K // 50)]
-    hard[:] = F.normalize(q[:1] + 0.5 * hard, dim=1)
-    return q, k, queue
+    return F.normalize(queue[own] + unit(N, C, seed=3) * distance, dim=1), own, queue
 
-def cross_entropy(q, k, queue, temperature):
-    """InfoNCE and its gradient by torch's cross-entropy."""
+def cross_entropy(q, own, queue, temperature):
+    """InfoNCE as written in the papers, -log(exp(q.k / T) / sum_j exp(q.u_j / T)), and its
+    gradient."""
     q = q.detach().clone().requires_grad_()
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+    weights = (q @ queue.T / temperature).exp()
+    own_weight = ((q * queue[own]).sum(1) / temperature).exp()
+    loss = -(own_weight / weights.sum(1)).log().mean()
     return loss.detach(), torch.autograd.grad(loss, q)[0]
 
 @pytest.mark.parametrize("temperature", [0.03, 0.2, 1.0])
@@ -569,13 +570,13 @@ def cross_entropy(q, k, queue, temperature):
 def test_info_nce_is_cross_entropy(name, N, C, K, temperature):
     loss, gradient = cross_entropy(*embeddings(N, C, K), temperature)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 5e-6)):
-        q, k, queue = [x.to(dtype).requires_grad_() for x in embeddings(N, C, K)]
-        ours = getattr(pretrain, name)(q, k, queue, temperature)
+        q, own, queue = embeddings(N, C, K)
+        q = q.to(dtype).requires_grad_()
+        ours = getattr(pretrain, name)(q, own, queue.to(dtype), temperature)
         ours.backward()
         size = tolerance / temperature  # a logit's, and that of a query's gradient
         assert abs(ours - loss) <= size
         assert (q.grad - gradient).norm() <= size * (1 + gradient.norm())
-        assert name == "info_nce_plain" or k.grad is queue.grad is None
 
 class LargestTensor(TorchDispatchMode):
     size = 0
@@ -588,16 +589,16 @@ class LargestTensor(TorchDispatchMode):
 
 def test_info_nce_never_holds_the_logits():
     for name, fits in (("info_nce", True), ("info_nce_plain", False)):
-        q, k, queue = [x.float() for x in embeddings(256, 16, 16384)]
+        q, own, queue = embeddings(256, 16, 16384)
         with LargestTensor() as largest:
-            getattr(pretrain, name)(q.requires_grad_(), k, queue, 0.1).backward()
+            getattr(pretrain, name)(q.requires_grad_(), own, queue, 0.1).backward()
         assert (largest.size < 256 * 16384 / 4) == fits
 
 def test_instance_accuracy():
-    q, k, queue = embeddings(64, 16, 500)
-    expected = [(x @ key > (queue @ x).max()).item() for x, key in zip(q, k)]
+    q, own, queue = embeddings(64, 16, 500)
+    expected = [(queue @ x).sort()[1][-1] == i for x, i in zip(q, own)]
     assert 0 < sum(expected) < 64
-    assert pretrain.instance_accuracy(q, k, queue) == pytest.approx(np.mean(expected))
+    assert pretrain.instance_accuracy(q, own, queue) == pytest.approx(np.mean(expected))
 
 def tiny_moco(queue=10, splits=1):
     torch.manual_seed(0)
@@ -605,7 +606,7 @@ def tiny_moco(queue=10, splits=1):
     return pretrain.MoCo(encoder, 4, queue, splits)
 
 def test_momentum_update_and_queue():
-    moco = tiny_moco(queue=10)
+    moco = tiny_moco()
     old = copy.deepcopy(moco.encoder_k.state_dict())
     for x in moco.encoder_q.state_dict().values():
         x += 1
@@ -617,7 +618,7 @@ def test_momentum_update_and_queue():
     for step in range(9):  # 10 is no multiple of 4: wraps around in the middle of a batch
         keys = unit(4, 4, seed=step).float()
         history += keys.tolist()
-        moco.enqueue(keys)
+        assert_close(moco.queue[moco.enqueue(keys)], keys)
         if len(history) >= 10:
             assert sorted(moco.queue.tolist()) == sorted(history[-10:])
 
@@ -647,14 +648,14 @@ def test_a_step_is_what_the_readme_says(keys, flat, tmp_path, monkeypatch):
                "--target", 1, "--out", tmp_path / "run")
     images = load(flat[1], flat[3], size=32)[0]
     colors = dict(jitter=0, hue=0, gray=0, blur=0) if keys == "--weak-keys" else {}
-    for step, (q, k, queue, temperature) in enumerate(calls):
+    for step, (q, own, queue, temperature) in enumerate(calls):
         rows, u, _ = data.draw_step(20, 8, 0, step)
         pixels, shapes = images.get(rows)
-        for ours, numbers, more in ((q, u[0], {}), (k, u[1], colors)):
+        for ours, numbers, more in ((q, u[0], {}), (queue[own], u[1], colors)):
             views = data.augment(pixels, numbers, 32, (0.3, 0.9), shapes=shapes, **more)
             assert_close(ours, moco.encoder_q(views))
         assert temperature == 0.3 and len(queue) == 16
-    assert_close(calls[1][2][:8], calls[0][1])  # the queue holds the keys of the step before
+    assert_close(calls[1][2][:8], calls[0][2][:8])  # the keys of the step before are still there
 
 def test_schedule():
     args = pretrain.parse(["--warmup", "2", "--steps", "100"])
@@ -775,7 +776,7 @@ def test_open_flags_follow_the_number_of_images():
     args = filled(5120, "--data", "letters")
     assert (args.batch, args.queue, args.steps, args.momentum) == (64, 128, 14 * 80, 0.8214)
     for n in range(256, 20_000, 97):  # few queries meet a key of their own image
-        args = filled(n)
+        args = filled(n, "--recipe", "moco-v2")
         assert (args.queue / n) ** 2 / 2 < 0.01 or args.queue == args.batch
     for n, epochs, stem in ((4000, 200, "imagenet"), (50_000, 20, "small"), (60_000, 17, "small")):
         args = filled(n)
@@ -802,10 +803,10 @@ def test_a_run_end_to_end(labelled, tmp_path, capsys):
         assert text in printed
     log = read_log(tmp_path / "run")
     assert [entry["epoch"] for entry in log] == [1, 2] and log[-1]["step"] == 10
-    assert log[-1]["images_per_s"] > 0 and 0 <= log[-1]["knn"] <= 100
+    assert 0 <= log[-1]["knn"] <= 100
     assert Image.open(tmp_path / "run/views.png").size == (8 * 96, 3 * 96)
     nets = [linear_eval.read_checkpoint(tmp_path / "run" / name)[0] for name in ("", "last.pt")]
-    assert_close(*[net.state_dict() for net in nets], rtol=0, atol=0)
+    assert_close(*[net.state_dict() for net in nets])
 
 def test_a_run_without_labels_from_a_checkpoint(flat, tmp_path, capsys):
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "tv.pt")
@@ -1192,7 +1193,8 @@ def test_an_evaluation_end_to_end_and_the_readmes_classifier(tmp_path, monkeypat
     Path("run").mkdir()
     torch.save(models.build("resnet18").state_dict(), "run/backbone.pt")
     tables = [evaluate(name, *flags, f"out-{name}") for name in ("run", "random")]
-    assert tables[0] == tables[1] and {"linear", "kNN, k 20, T 0.1"} < tables[0].keys()
+    tables.append(evaluate("out-run/classifier.pt", "--knn", "--out", "again"))
+    assert tables[0] == tables[1] == tables[2] and "kNN, k 20, T 0.1" in tables[0]
     result = json.loads(Path("out-run/result.json").read_text())
     assert result["table"] == tables[0] and result["classes"] == ["a", "b c", "ü"]
 
@@ -1208,9 +1210,9 @@ def test_an_evaluation_end_to_end_and_the_readmes_classifier(tmp_path, monkeypat
                           ("photo.jpg", "images/test/a/3 é.jpg"), ("print(", "answer = (")):
         assert written in lines
         lines = lines.replace(written, here)
-    scope = dict(torch=torch, torchvision=torchvision)
+    scope = {**globals()}
     exec(lines, scope)
-    assert_close(scope["answer"].values[0], guess[3].softmax(0).sort(descending=True)[0], atol=0.02,
+    assert_close(scope["answer"].values[0], guess[3].softmax(0).topk(3)[0], atol=0.02,
                  rtol=0)
 
 # ------------------------------------------------------------------------------------- analyze.py
@@ -1331,11 +1333,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
                                    (1024, 128, 65536)])
 def test_cuda_info_nce_is_fused_and_right(N, C, K):
     loss, gradient = cross_entropy(*embeddings(N, C, K), 0.1)
-    q, k, queue = [x.float().cuda() for x in embeddings(N, C, K)]
-    q.requires_grad_()
+    q, own, queue = [x.cuda() for x in embeddings(N, C, K)]
+    q = q.float().requires_grad_()
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     with sdpa_kernel(fused):  # raises where none of these is possible
-        ours = pretrain.info_nce(q, k, queue, 0.1)
+        ours = pretrain.info_nce(q, own, queue.float(), 0.1)
         ours.backward()
     assert abs(ours.item() - loss) < 5e-3
     assert (q.grad.cpu() - gradient).norm() < 1e-3 * gradient.norm()

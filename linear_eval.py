@@ -301,8 +301,8 @@ def read_checkpoint(path, arch=None, stem=None):
 
     `path` is a run's folder or one of the files that `read_state` reads. What is known comes from
     args.json or result.json in its folder, or from `args` in the file; a typed `arch` comes before
-    that. Raises
-    InputError if the file does not hold the whole of that network, or a network with another stem.
+    that. Raises InputError if the file does not hold the whole of that network, or a network with
+    another stem.
     """
     path = Path(path)
     if path.is_dir():

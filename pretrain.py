@@ -11,8 +11,6 @@ optimizer, monitor and report, the run's folder, rules, flags and recipes.
 
 Whatever the flags, these details differ from MoCo v2, from its CIFAR-10 notebook, or from both:
 
-- The keys of a batch enter the queue before the loss, not after. So the other images of a batch
-  are negatives, too, and a network gains nothing by telling new keys from old ones.
 - BatchNorm of queries: over all queries of a process at once (MoCo: over the 32 of a GPU; the
   notebook: in eight parts, like keys).
 - All networks start as He et al. 2015 propose, which makes the weights of the head's Linears 2.45
@@ -110,42 +108,39 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """The keys (B, C) of a step overwrite the oldest ones: the queue is a ring. -> the rows
-        (B,) of the queue that hold them now."""
-        rows = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[rows] = keys
+        """The keys (B, C) of a step overwrite the oldest ones: the queue is a ring."""
+        places = self.oldest + torch.arange(len(keys), device=keys.device)
+        self.queue[places % len(self.queue)] = keys
         self.oldest.add_(len(keys)).remainder_(len(self.queue))
-        return rows
 
 def rows_of_process(x):
     """This process's equal share of the rows of x."""
     rank, world = rank_world()
     return x.chunk(world)[rank]
 
-def info_nce_plain(q, own, queue, temperature):
-    """InfoNCE (Oord et al. 2018) as a formula: which key in the queue is a query's own?
+def info_nce_plain(q, k, queue, temperature):
+    """InfoNCE (Oord et al. 2018) as a formula: which of 1 + K keys is a query's own?
 
-    Queries q (N, C) and the queue (K, C), all of length one; `own` (N,), the row of the queue that
-    holds the own key of each query -> the mean cross-entropy of a softmax over the queue.
+    Queries q and their own keys k (N, C), queue (K, C), all of length one -> the mean cross-entropy
+    of a softmax over [own key, keys of the queue].
     """
-    return F.cross_entropy(q @ queue.T / temperature, own)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature
+    labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    return F.cross_entropy(logits, labels)
 
-def info_nce(q, own, queue, temperature):
+def info_nce(q, k, queue, temperature):
     """info_nce_plain by one call of torch's attention, which never holds the N x K logits. Only q
-    gets a gradient. With w_j the softmax weights of the queue's keys u_j, and k the own key,
+    gets a gradient. With p the softmax weight of a query's own key, w_j those of the queue's u_j,
 
-        loss = -log w_own        dloss/dq = (sum_j w_j u_j - k) / T
+        loss = -log p        dloss/dq = (sum_j w_j u_j + (p - 1) k) / T
 
-    Attention computes such weighted sums, but it does not return w_own. So the own key counts once
-    more, in a place that tells its weight: each query gets one more coordinate, q.k, and the queue
-    gets one more row, which is 1 there and 0 elsewhere. In the result, that coordinate holds the
-    weight s of this row, and the weights of all others sum to 1 - s:
-        queries = [q, q.k]   keys = values = [[queue, 0], [0, 1]]
-        result = [(1 - s) sum_j w_j u_j, s]   w_own = s / (1 - s)
+    Attention computes such weighted sums, but of the same keys for all queries, and k is another
+    for each. So each query gets one more coordinate, q.k, and the queue gets one more row, which is
+    1 there and 0 elsewhere. In the result, that coordinate holds p:
+        queries = [q, q.k]   keys = values = [[queue, 0], [0, 1]]   result = [sum_j w_j u_j, p]
     """
     c = q.shape[1]
     with torch.no_grad():
-        k = queue[own]
         extra = 8 - c % 8  # columns, not 1: on a GPU, the width must be a multiple of eight
         queries = F.pad(q, (0, extra))
         queries[:, c] = (q * k).sum(1)
@@ -153,18 +148,19 @@ def info_nce(q, own, queue, temperature):
         keys[-1, c] = 1
         queries, keys = queries[None, None], keys[None, None]  # one head of one sequence
         result = F.scaled_dot_product_attention(queries, keys, keys, scale=1 / temperature)[0, 0]
-        s = result[:, c]  # at most 1/2; above 0, as for T >= 0.03 exp(-2 / T) is a float32
-        loss = ((1 - s) / s).log()
-        gradient = (result[:, :c] / (1 - s)[:, None] - k) / temperature
+        p = result[:, c]  # at least exp(-2 / T) / (K + 1), which is a float32 if T >= 0.03
+        loss = -p.log()
+        gradient = (result[:, :c] + (p - 1)[:, None] * k) / temperature
     # q - q.detach() is zero, but its gradient is one: the loss stays, q gets the gradient
     return (loss + ((q - q.detach()) * gradient).sum(1)).mean()
 
 @torch.no_grad()
-def instance_accuracy(q, own, queue):
-    """The share of queries whose own key is the nearest of the queue. For speed, it is measured on
-    the first 64 queries."""
-    nearest = (q[:64] @ queue.T).argmax(1)
-    return (nearest == own[:64]).float().mean()
+def instance_accuracy(q, k, queue):
+    """The share of queries whose own key is nearer than all keys of the queue. For speed, it is
+    measured on the first 64 queries."""
+    own = (q[:64] * k[:64]).sum(1)
+    best = (q[:64] @ queue.T).amax(1)
+    return (own > best).float().mean()
 
 # ------------------------------------------------------------------------------------- 2. one step
 
@@ -179,14 +175,15 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
         q = encoder_q(query_views)
         moco.update_key_encoder(args.momentum)
         keys = moco.encode_keys(key_views, batch["order"])  # of all processes
-    own = rows_of_process(moco.enqueue(keys))  # where the queue holds the keys of q
-    loss = info_nce(q, own, moco.queue, args.temp)
-    accuracy = instance_accuracy(q, own, moco.queue)
+    k = rows_of_process(keys)  # those of q
+    loss = info_nce(q, k, moco.queue, args.temp)
+    accuracy = instance_accuracy(q, k, moco.queue)
 
     scaler.scale(loss).backward()  # the scale is 1 except in float16
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
+    moco.enqueue(keys)
     means = mean_over_processes(torch.stack([loss.detach(), accuracy]))
     steer(moco.hardness, means[1], args.target)
     return means
@@ -645,7 +642,7 @@ def pick_momentum(args, n):
     return round(min(0.999, max(0.8, 1 - 200 / args.steps)), 4)
 
 def pick_queue(args, n):
-    """a tenth of the images, no keys staler than MoCo's, but two batches at least"""
+    """a tenth of the images, no keys staler than MoCo's; of few images an eighth of them"""
     # MoCo's oldest keys are 256 steps old. In these steps its key encoder takes over a share of
     # 256 (1 - m) = 0.256 of the query encoder. `spanned` is the number of steps with the same share
     # here. At most an eighth of the images: else queries often meet another key of their own image.
@@ -654,8 +651,8 @@ def pick_queue(args, n):
     return max(args.batch, min(max(2 * args.batch, longest), n // 8))
 
 def pick_quick_queue(args, n):
-    """two batches, but at most an eighth of the images"""
-    # Muon changes the encoder fast, and old keys cost more than more keys bring
+    """two batches; of few images an eighth of them, but at least one batch"""
+    # in runs of some thousand steps, the older keys of a longer queue cost more than they bring
     return max(args.batch, min(2 * args.batch, n // 8))
 
 def pick_bn_splits(args, n):
@@ -723,7 +720,7 @@ FLAGS = [
 MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020; the rules are ours
 
 RECIPES = {  # the first one is the default
-    # for minutes to hours: weak keys cost nothing and say more, the others make the start fast
+    # for minutes to hours: assets/results.md says what each part gives
     "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=0.02, wd=5e-4,
                             stem=pick_stem, queue=pick_quick_queue, crop=pick_crop, target=0.6,
                             lr=pick_quick_lr, warmup=pick_warmup),

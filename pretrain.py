@@ -641,19 +641,19 @@ def pick_momentum(args, n):
     # MoCo's CIFAR-10 notebook, and 0.999 at that of its ImageNet runs
     return round(min(0.999, max(0.8, 1 - 200 / args.steps)), 4)
 
+def pick_quick_queue(args, n):
+    """two batches; of few images an eighth of them, but at least one batch"""
+    # At most an eighth: else queries often meet another key of their own image. Two batches: in
+    # runs of some thousand steps, the older keys of a longer queue cost more than they bring.
+    return max(args.batch, min(2 * args.batch, n // 8))
+
 def pick_queue(args, n):
     """a tenth of the images, no keys staler than MoCo's; of few images an eighth of them"""
     # MoCo's oldest keys are 256 steps old. In these steps its key encoder takes over a share of
-    # 256 (1 - m) = 0.256 of the query encoder. `spanned` is the number of steps with the same share
-    # here. At most an eighth of the images: else queries often meet another key of their own image.
+    # 256 (1 - m) = 0.256 of the query encoder. Here `spanned` steps have the same share.
     spanned = round(0.256 / max(1e-6, 1 - args.momentum), 3)
     longest = power_of_two(min(65536, n // 10, spanned * args.batch))
-    return max(args.batch, min(max(2 * args.batch, longest), n // 8))
-
-def pick_quick_queue(args, n):
-    """two batches; of few images an eighth of them, but at least one batch"""
-    # in runs of some thousand steps, the older keys of a longer queue cost more than they bring
-    return max(args.batch, min(2 * args.batch, n // 8))
+    return max(pick_quick_queue(args, n), min(longest, n // 8))
 
 def pick_bn_splits(args, n):
     """8, or as many as have 64 images, but at least 2"""
@@ -720,7 +720,7 @@ FLAGS = [
 MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020; the rules are ours
 
 RECIPES = {  # the first one is the default
-    # for minutes to hours: assets/results.md says what each part gives
+    # for minutes to hours: weak keys cost nothing and say more, the others make the start fast
     "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=0.02, wd=5e-4,
                             stem=pick_stem, queue=pick_quick_queue, crop=pick_crop, target=0.6,
                             lr=pick_quick_lr, warmup=pick_warmup),

@@ -93,7 +93,7 @@ def make_folder(folder, classes=("a", "b c", "ü"), per=8, side=32, seed=0):
 def flat(tmp_path_factory):
     """Flags of 20 images without labels, which no test changes."""
     here = tmp_path_factory.mktemp("flat")
-    make_folder(here / "images", classes=(".",), per=20)
+    make_folder(here / "images", classes=".", per=20)
     return ["--data", str(here / "images"), "--root", str(here), *SMALL]
 
 @pytest.fixture(scope="session")
@@ -204,7 +204,7 @@ def test_network_is_torchvisions(arch):
             p.grad = q.grad = None
 
 def zero_weights(net):
-    return {name for name, w in net.named_parameters() if "weight" in name and not w.any()}
+    return {name for name, w in net.named_parameters() if name.endswith("weight") and not w.any()}
 
 @pytest.mark.parametrize("arch", TORCHVISION)
 def test_blocks_start_as_the_identity(arch):
@@ -355,7 +355,7 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
         saved.save(tmp_path / name)
         pixels, _, _ = data.decode(tmp_path / name, 24)
         error = pixels - TF.pil_to_tensor(expected).numpy().astype(int)
-        assert np.abs(error).mean() < 4
+        assert np.abs(error).mean() < 4, name
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -454,7 +454,7 @@ def test_views_of_the_decoded_folder_are_crops_of_the_original(tmp_path):
         assert -10 * math.log10(error.square().mean()) > 35  # PSNR
 
 def test_a_folder_is_decoded_again_when_it_changes(tmp_path, monkeypatch, capsys):
-    make_folder(tmp_path / "flat", classes=(".",), per=5)
+    make_folder(tmp_path / "flat", classes=".", per=5)
     images = [load(tmp_path / "flat", tmp_path)[0]]
     for name in ("0 é.jpg", "more.jpg"):  # another image of that name, a new one
         picture(32, 32, seed=9).save(tmp_path / "flat" / name, quality=30)
@@ -490,7 +490,7 @@ def decode_slowly(folder, root):
     print(len(images), images.pixels.long().sum(), file=open(f"{root}/{os.getpid()}.txt", "w"))
 
 def test_killed_while_decoding_and_two_at_once(tmp_path):
-    make_folder(tmp_path / "flat", classes=(".",), per=20)
+    make_folder(tmp_path / "flat", classes=".", per=20)
     jobs = []
     for _ in range(3):
         jobs.append(FORKS.Process(target=decode_slowly, args=(tmp_path / "flat", tmp_path)))
@@ -804,10 +804,10 @@ def test_a_run_end_to_end(labelled, tmp_path, capsys):
         assert text in printed
     log = read_log(tmp_path / "run")
     assert [entry["epoch"] for entry in log] == [1, 2] and log[-1]["step"] == 10
-    assert 0 <= log[-1]["knn"] <= 100
+    assert log[-1]["images_per_s"] > 0 and 0 <= log[-1]["knn"] <= 100
     assert Image.open(tmp_path / "run/views.png").size == (8 * 96, 3 * 96)
     nets = [linear_eval.read_checkpoint(tmp_path / "run" / name)[0] for name in ("", "last.pt")]
-    assert_close(*[net.state_dict() for net in nets])
+    assert_close(*[net.state_dict() for net in nets], rtol=0, atol=0)
 
 def test_a_run_without_labels_from_a_checkpoint(flat, tmp_path, capsys):
     torch.save(torchvision.models.mobilenet_v3_small().state_dict(), tmp_path / "tv.pt")
@@ -883,13 +883,13 @@ def bad_folder(tmp_path_factory):
     here = tmp_path_factory.mktemp("bad")
     make_folder(here / "images", per=10)
     (here / "empty").mkdir()
-    make_folder(here / "few", classes=(".",), per=4)
+    make_folder(here / "few", classes=".", per=4)
     make_folder(here / "strange/train")
     make_folder(here / "strange/valid", classes="A")
     make_folder(here / "unheld/train", per=1)
     make_folder(here / "unheld/test", per=0)
     make_folder(here / "one/train", per=5)
-    make_folder(here / "one/test", classes=("a",), per=1)
+    make_folder(here / "one/test", classes="a", per=1)
     mobile = models.build("mobilenetv3_small").state_dict()
     resnet = models.build("resnet18").state_dict()
     larger = torchvision.models.resnet34().state_dict()
@@ -973,7 +973,7 @@ def test_of_two_that_go_on_with_a_run_the_second_is_refused(flat, tiny, tmp_path
     run(*flat, "--steps", 1, "--out", tmp_path / "run")
 
 def test_a_run_keeps_its_flags(tiny, tmp_path):
-    make_folder(tmp_path / "flat", classes=(".",), per=20)
+    make_folder(tmp_path / "flat", classes=".", per=20)
     out = ["--out", tmp_path / "run"]
     run("--data", tmp_path / "flat", "--root", tmp_path, *SMALL, "--steps", 3, *out)
     before = torch.load(tmp_path / "run/last.pt")
@@ -1034,8 +1034,8 @@ def differ(folder):
     return told
 
 def test_processes_that_differ_are_told(tmp_path):
-    make_folder(tmp_path / "0", classes=(".",), per=20)
-    make_folder(tmp_path / "1", classes=(".",), per=21)
+    make_folder(tmp_path / "0", classes=".", per=20)
+    make_folder(tmp_path / "1", classes=".", per=21)
     make_folder(tmp_path / "2", per=20)
     run("--data", tmp_path / "0", "--root", tmp_path, *SMALL, "--steps", 2, "--out",
         tmp_path / "run0")
@@ -1195,7 +1195,7 @@ def test_an_evaluation_end_to_end_and_the_readmes_classifier(tmp_path, monkeypat
     torch.save(models.build("resnet18").state_dict(), "run/backbone.pt")
     tables = [evaluate(name, *flags, f"out-{name}") for name in ("run", "random")]
     tables.append(evaluate("out-run/classifier.pt", "--knn", "--out", "again"))
-    assert tables[0] == tables[1] == tables[2] and "kNN, k 20, T 0.1" in tables[0]
+    assert tables[0] == tables[1] == tables[2] and {"linear", "kNN, k 20, T 0.1"} < tables[0].keys()
     result = json.loads(Path("out-run/result.json").read_text())
     assert result["table"] == tables[0] and result["classes"] == ["a", "b c", "ü"]
 
@@ -1293,7 +1293,7 @@ def test_an_analysis_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_folder(Path("images/train"), per=12)
     make_folder(Path("images/test"), per=5, seed=7)
-    entries = [dict(minutes=e, loss=5 / e, knn=20 + e) for e in (1, 2)]
+    entries = [dict(minutes=e, loss=5 / e, instance_accuracy=9.0 * e, knn=20 + e) for e in (1, 2)]
     for name, size in (("run", 32), ("other", 48)):
         Path(name).mkdir()
         torch.save(Tiny().state_dict(), f"{name}/backbone.pt")
@@ -1309,7 +1309,7 @@ def test_an_analysis_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     assert "other: mobilenetv3_small at 48 pixels" in printed
     for name in ("map", "similarity", "curves"):
         image = Image.open(f"run/analysis/{name}.png").convert("RGB")
-        assert np.asarray(image).std() > 5
+        assert np.asarray(image).std() > 5, name
     make_folder(Path("single/train"), classes="abcd", per=2)  # a sample has one image of a class
     make_folder(Path("single/test"), classes="bcd", per=1)
     look("run", "--data", "single", "--out", "single")

@@ -11,6 +11,8 @@ optimizer, monitor and report, the run's folder, rules, flags and recipes.
 
 Whatever the flags, these details differ from MoCo v2, from its CIFAR-10 notebook, or from both:
 
+- The keys of a batch enter the queue before the loss, not after it. So the other keys of a batch
+  are negatives, too. To tell new keys from old ones no longer solves the task.
 - BatchNorm of queries: over all queries of a process at once (MoCo: over the 32 of a GPU; the
   notebook: in eight parts, like keys).
 - All networks start as He et al. 2015 propose, which makes the weights of the head's Linears 2.45
@@ -72,7 +74,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat([nn.BatchNorm2d.forward(self, part) for part in parts])
 
 class MoCo(nn.Module):
-    """A query encoder that learns, a key encoder that follows it, and a queue of past keys."""
+    """A query encoder that learns, a key encoder that follows it, and a queue of the last keys."""
 
     def __init__(self, encoder, dim, queue_size, splits):
         super().__init__()
@@ -108,39 +110,42 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys):
-        """The keys (B, C) of a step overwrite the oldest ones: the queue is a ring."""
-        places = self.oldest + torch.arange(len(keys), device=keys.device)
-        self.queue[places % len(self.queue)] = keys
+        """The keys (B, C) of a step overwrite the oldest ones: the queue is a ring. -> the rows
+        (B,) of the queue that hold them now."""
+        rows = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[rows] = keys
         self.oldest.add_(len(keys)).remainder_(len(self.queue))
+        return rows
 
 def rows_of_process(x):
     """This process's equal share of the rows of x."""
     rank, world = rank_world()
     return x.chunk(world)[rank]
 
-def info_nce_plain(q, k, queue, temperature):
-    """InfoNCE (Oord et al. 2018) as a formula: which of 1 + K keys is a query's own?
+def info_nce_plain(q, own, queue, temperature):
+    """InfoNCE (Oord et al. 2018) as a formula: which key in the queue is a query's own?
 
-    Queries q and their own keys k (N, C), queue (K, C), all of length one -> the mean cross-entropy
-    of a softmax over [own key, keys of the queue].
+    Queries q (N, C) and the queue (K, C), all of length one; `own` (N,), the row of the queue that
+    holds the own key of each query -> the mean cross-entropy of a softmax over the queue.
     """
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], dim=1) / temperature
-    labels = torch.zeros(len(q), dtype=torch.long, device=q.device)
-    return F.cross_entropy(logits, labels)
+    return F.cross_entropy(q @ queue.T / temperature, own)
 
-def info_nce(q, k, queue, temperature):
+def info_nce(q, own, queue, temperature):
     """info_nce_plain by one call of torch's attention, which never holds the N x K logits. Only q
-    gets a gradient. With p the softmax weight of a query's own key, w_j those of the queue's u_j,
+    gets a gradient. With w_j the softmax weights of the queue's keys u_j, and k the own key,
 
-        loss = -log p        dloss/dq = (sum_j w_j u_j + (p - 1) k) / T
+        loss = -log w_own        dloss/dq = (sum_j w_j u_j - k) / T
 
-    Attention computes such weighted sums, but of the same keys for all queries, and k is another
-    for each. So each query gets one more coordinate, q.k, and the queue gets one more row, which is
-    1 there and 0 elsewhere. In the result, that coordinate holds p:
-        queries = [q, q.k]   keys = values = [[queue, 0], [0, 1]]   result = [sum_j w_j u_j, p]
+    Attention computes such weighted sums, but it does not return w_own. So the own key counts once
+    more, in a place that tells its weight: each query gets one more coordinate, q.k, and the queue
+    gets one more row, which is 1 there and 0 elsewhere. In the result, that coordinate holds the
+    weight s of this row, and the weights of all others sum to 1 - s:
+        queries = [q, q.k]   keys = values = [[queue, 0], [0, 1]]
+        result = [(1 - s) sum_j w_j u_j, s]   w_own = s / (1 - s)
     """
     c = q.shape[1]
     with torch.no_grad():
+        k = queue[own]
         extra = 8 - c % 8  # columns, not 1: on a GPU, the width must be a multiple of eight
         queries = F.pad(q, (0, extra))
         queries[:, c] = (q * k).sum(1)
@@ -148,19 +153,18 @@ def info_nce(q, k, queue, temperature):
         keys[-1, c] = 1
         queries, keys = queries[None, None], keys[None, None]  # one head of one sequence
         result = F.scaled_dot_product_attention(queries, keys, keys, scale=1 / temperature)[0, 0]
-        p = result[:, c]  # at least exp(-2 / T) / (K + 1), which is a float32 if T >= 0.03
-        loss = -p.log()
-        gradient = (result[:, :c] + (p - 1)[:, None] * k) / temperature
+        s = result[:, c]  # from exp(-2 / T) / (K + 1), a float32 if T >= 0.03, up to 1 / 2
+        loss = ((1 - s) / s).log()
+        gradient = (result[:, :c] / (1 - s)[:, None] - k) / temperature
     # q - q.detach() is zero, but its gradient is one: the loss stays, q gets the gradient
     return (loss + ((q - q.detach()) * gradient).sum(1)).mean()
 
 @torch.no_grad()
-def instance_accuracy(q, k, queue):
-    """The share of queries whose own key is nearer than all keys of the queue. For speed, it is
-    measured on the first 64 queries."""
-    own = (q[:64] * k[:64]).sum(1)
-    best = (q[:64] @ queue.T).amax(1)
-    return (own > best).float().mean()
+def instance_accuracy(q, own, queue):
+    """The share of queries whose own key is the nearest of the queue. For speed, it is measured on
+    the first 64 queries."""
+    nearest = (q[:64] @ queue.T).argmax(1)
+    return (nearest == own[:64]).float().mean()
 
 # ------------------------------------------------------------------------------------- 2. one step
 
@@ -175,15 +179,14 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
         q = encoder_q(query_views)
         moco.update_key_encoder(args.momentum)
         keys = moco.encode_keys(key_views, batch["order"])  # of all processes
-    k = rows_of_process(keys)  # those of q
-    loss = info_nce(q, k, moco.queue, args.temp)
-    accuracy = instance_accuracy(q, k, moco.queue)
+    own = rows_of_process(moco.enqueue(keys))  # where the queue holds the keys of q
+    loss = info_nce(q, own, moco.queue, args.temp)
+    accuracy = instance_accuracy(q, own, moco.queue)
 
     scaler.scale(loss).backward()  # the scale is 1 except in float16
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    moco.enqueue(keys)
     means = mean_over_processes(torch.stack([loss.detach(), accuracy]))
     steer(moco.hardness, means[1], args.target)
     return means
@@ -297,8 +300,8 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     print0(f"{out}: {args.arch} on {device.type}, {len(train):,} images at {args.size} pixels, "
            f"steps {first:,} to {args.steps:,}")
     if first == 0:
-        print0(f"The loss rises for the first {math.ceil(args.queue / args.batch)} steps, while "
-               "real keys take the place of the random ones in the queue; then it should fall.")
+        print0(f"Up to step {math.ceil(args.queue / args.batch)} the loss rises, as real keys take "
+               "the place of random ones in the queue; then it should fall.")
 
     move_to_device(train, test)
     encoder_q = moco.encoder_q

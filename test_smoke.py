@@ -545,20 +545,22 @@ def full_disk(*args):
 # ------------------------------------------------------------------------------------ pretrain.py
 
 def embeddings(N, C, K):
-    """Queries from near to far from their keys, and a queue with some hard negatives, float64."""
-    k = unit(N, C, seed=1)
+    """Queries from near to far from their keys, the rows of these in a queue that has some hard
+    negatives, and the queue, in float64."""
     queue = unit(K, C, seed=2)
+    order = torch.randperm(K, generator=generator(1))
+    own, hard = order[:N], order[N::2]
     distance = torch.linspace(0.2, 3, N, dtype=torch.float64)[:, None]
-    q = F.normalize(k + unit(N, C, seed=3) * distance, dim=1)
-    queue[::2] = F.normalize(q[:1] + 0.5 * queue[::2], dim=1)
-    k[0] = -q[0]  # the softmax weight of this key is the smallest there can be
-    return q, k, queue
+    q = F.normalize(queue[own] + unit(N, C, seed=3) * distance, dim=1)
+    queue[hard] = F.normalize(q[:1] + 0.5 * queue[hard], dim=1)
+    queue[own[0]] = -q[0]  # the softmax weight of this key is the smallest there can be
+    return q, own, queue
 
-def cross_entropy(q, k, queue, temperature):
-    """InfoNCE and its gradient by torch's cross-entropy."""
+def cross_entropy(q, own, queue, temperature):
+    """InfoNCE as papers write it, -log(exp(q.k / T) / sum_j exp(q.u_j / T)), and its gradient."""
     q = q.detach().clone().requires_grad_()
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
-    loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+    exponentials = (q @ queue.T / temperature).exp()
+    loss = -(exponentials[range(len(q)), own] / exponentials.sum(1)).log().mean()
     return loss.detach(), torch.autograd.grad(loss, q)[0]
 
 @pytest.mark.parametrize("temperature", [0.03, 0.2, 1.0])
@@ -567,13 +569,14 @@ def cross_entropy(q, k, queue, temperature):
 def test_info_nce_is_cross_entropy(name, N, C, K, temperature):
     loss, gradient = cross_entropy(*embeddings(N, C, K), temperature)
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 5e-6)):
-        q, k, queue = [x.to(dtype).requires_grad_() for x in embeddings(N, C, K)]
-        ours = getattr(pretrain, name)(q, k, queue, temperature)
+        q, own, queue = embeddings(N, C, K)
+        q, queue = q.to(dtype).requires_grad_(), queue.to(dtype).requires_grad_()
+        ours = getattr(pretrain, name)(q, own, queue, temperature)
         ours.backward()
         size = tolerance / temperature  # a logit's, and that of a query's gradient
         assert abs(ours - loss) <= size
         assert (q.grad - gradient).norm() <= size * (1 + gradient.norm())
-        assert name == "info_nce_plain" or k.grad is queue.grad is None
+        assert name == "info_nce_plain" or queue.grad is None
 
 class LargestTensor(TorchDispatchMode):
     size = 0
@@ -586,16 +589,16 @@ class LargestTensor(TorchDispatchMode):
 
 def test_info_nce_never_holds_the_logits():
     for name, fits in (("info_nce", True), ("info_nce_plain", False)):
-        q, k, queue = [x.float() for x in embeddings(256, 16, 16384)]
+        q, own, queue = embeddings(256, 16, 16384)
         with LargestTensor() as largest:
-            getattr(pretrain, name)(q.requires_grad_(), k, queue, 0.1).backward()
+            getattr(pretrain, name)(q.requires_grad_(), own, queue, 0.1).backward()
         assert (largest.size < 256 * 16384 / 4) == fits
 
 def test_instance_accuracy():
-    q, k, queue = embeddings(100, 16, 500)
-    expected = [(x @ key > (queue @ x).max()).item() for x, key in zip(q[:64], k)]
+    q, own, queue = embeddings(100, 16, 500)
+    expected = [(queue @ x).argsort()[-1] == row for x, row in zip(q[:64], own)]
     assert 0 < sum(expected) < 64
-    assert pretrain.instance_accuracy(q, k, queue) == pytest.approx(np.mean(expected))
+    assert pretrain.instance_accuracy(q, own, queue) == pytest.approx(np.mean(expected))
 
 def tiny_moco(queue=10, splits=1):
     torch.manual_seed(0)
@@ -615,7 +618,7 @@ def test_momentum_update_and_queue():
     for step in range(9):  # 10 is no multiple of 4: wraps around in the middle of a batch
         keys = unit(4, 4, seed=step).float()
         history += keys.tolist()
-        moco.enqueue(keys)
+        assert_close(moco.queue[moco.enqueue(keys)], keys)
         if len(history) >= 10:
             assert sorted(moco.queue.tolist()) == sorted(history[-10:])
 
@@ -647,15 +650,15 @@ def test_a_step_is_what_the_readme_says(keys, flat, tmp_path, monkeypatch):
                "--target", 1, "--out", tmp_path / "run")
     images = load(flat[1], flat[3], size=32)[0]
     colors = dict(jitter=0, hue=0, gray=0, blur=0) if keys == "--weak-keys" else {}
-    for step, (q, k, queue, temperature) in enumerate(calls):
+    for step, (q, own, queue, temperature) in enumerate(calls):
         rows, u, _ = data.draw_step(20, 8, 0, step)
         pixels, shapes = images.get(rows)
-        turned = k * (-1) ** (step + 1)
+        turned = queue[own] * (-1) ** (step + 1)
         for ours, numbers, more in ((q, u[0], {}), (turned, u[1], colors)):
             views = data.augment(pixels, numbers, 32, (0.3, 0.9), shapes=shapes, **more)
             assert_close(ours, moco.encoder_q(views))
         assert temperature == 0.3 and len(queue) == 16
-    assert_close(calls[1][2][:8], calls[0][1])  # the queue holds the keys of the step before
+    assert_close(calls[1][2][:8], calls[0][2][:8])  # the keys of the step before are still there
 
 def test_schedule():
     args = pretrain.parse(["--warmup", "2", "--steps", "100"])
@@ -800,7 +803,7 @@ def test_open_flags_follow_the_number_of_images():
 def test_a_run_end_to_end(labelled, tmp_path, capsys):
     run(*labelled, "--epochs", 2, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
-    for text in ("The loss rises for the first 2 steps", "raw pixels", "for 42 images"):
+    for text in ("Up to step 2 the loss rises", "raw pixels", "for 42 images"):
         assert text in printed
     log = read_log(tmp_path / "run")
     assert [entry["epoch"] for entry in log] == [1, 2] and log[-1]["step"] == 10
@@ -1334,11 +1337,11 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU her
                                    (1024, 128, 65536)])
 def test_cuda_info_nce_is_fused_and_right(N, C, K):
     loss, gradient = cross_entropy(*embeddings(N, C, K), 0.1)
-    q, k, queue = [x.float().cuda() for x in embeddings(N, C, K)]
-    q.requires_grad_()
+    q, own, queue = [x.cuda() for x in embeddings(N, C, K)]
+    q, queue = q.float().requires_grad_(), queue.float()
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     with sdpa_kernel(fused):  # raises where none of these is possible
-        ours = pretrain.info_nce(q, k, queue, 0.1)
+        ours = pretrain.info_nce(q, own, queue, 0.1)
         ours.backward()
     assert abs(ours.item() - loss) < 5e-3
     assert (q.grad.cpu() - gradient).norm() < 1e-3 * gradient.norm()

@@ -12,7 +12,7 @@ optimizer, monitor and report, the run's folder, rules, flags and recipes.
 Whatever the flags, these details differ from MoCo v2, from its CIFAR-10 notebook, or from both:
 
 - The keys of a batch enter the queue before the loss, not after it. So the other keys of a batch
-  are negatives, too. To tell new keys from old ones no longer solves the task.
+  are negatives, too. Else the own key alone would be new, and its newness could give it away.
 - BatchNorm of queries: over all queries of a process at once (MoCo: over the 32 of a GPU; the
   notebook: in eight parts, like keys).
 - All networks start as He et al. 2015 propose, which makes the weights of the head's Linears 2.45
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
 
 class SplitBatchNorm(nn.BatchNorm2d):
     """BatchNorm of each of `splits` parts of the batch by itself (MoCo's CIFAR notebook). The key
-    encoder only ever trains, so its running statistics are not used."""
+    encoder stays in train mode, so its running statistics are not used."""
     splits = 1
 
     def forward(self, x):
@@ -74,7 +74,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat([nn.BatchNorm2d.forward(self, part) for part in parts])
 
 class MoCo(nn.Module):
-    """A query encoder that learns, a key encoder that follows it, and a queue of the last keys."""
+    """A query encoder that learns, a key encoder that follows it, a queue of the latest keys."""
 
     def __init__(self, encoder, dim, queue_size, splits):
         super().__init__()
@@ -99,13 +99,13 @@ class MoCo(nn.Module):
     def encode_keys(self, views, order):
         """Key views (B / processes, 3, H, W) -> all keys (B, C), in the order of the batch.
 
-        Shuffling BN (He et al. 2020, section 3.3): a query could recognize its own key by the batch
-        statistics that both share. So keys meet BatchNorm in another order than queries, and in
+        Shuffling BN (He et al. 2020, section 3.3): a query could recognize keys of its own batch by
+        the statistics that they share. So keys meet BatchNorm in another order than queries, and in
         parts. `order` (B,) is that order, of which each process has its share: see `load_batch`.
         """
         shuffled = gather(self.encoder_k(views))
         keys = torch.empty_like(shuffled)
-        keys[order] = shuffled  # its i-th row is the key of the batch's row order[i]
+        keys[order] = shuffled  # shuffled[i] is the key of the batch's row order[i]
         return keys
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class MoCo(nn.Module):
         self.oldest.add_(len(keys)).remainder_(len(self.queue))
         return rows
 
-def rows_of_process(x):
+def share_of_process(x):
     """This process's equal share of the rows of x."""
     rank, world = rank_world()
     return x.chunk(world)[rank]
@@ -136,10 +136,10 @@ def info_nce(q, own, queue, temperature):
 
         loss = -log w_own        dloss/dq = (sum_j w_j u_j - k) / T
 
-    Attention computes such weighted sums, but it does not return w_own. So the own key counts once
-    more, in a place that tells its weight: each query gets one more coordinate, q.k, and the queue
-    gets one more row, which is 1 there and 0 elsewhere. In the result, that coordinate holds the
-    weight s of this row, and the weights of all others sum to 1 - s:
+    Attention computes such weighted sums, but it does not return w_own. So the own key enters once
+    more, where its weight can be read: each query gets one more coordinate, q.k, and the queue gets
+    one more row, which is 1 there and 0 elsewhere. In the result, that coordinate holds the weight
+    s of this row. The weights of all other rows are (1 - s) w_j:
         queries = [q, q.k]   keys = values = [[queue, 0], [0, 1]]
         result = [(1 - s) sum_j w_j u_j, s]   w_own = s / (1 - s)
     """
@@ -153,7 +153,7 @@ def info_nce(q, own, queue, temperature):
         keys[-1, c] = 1
         queries, keys = queries[None, None], keys[None, None]  # one head of one sequence
         result = F.scaled_dot_product_attention(queries, keys, keys, scale=1 / temperature)[0, 0]
-        s = result[:, c]  # from exp(-2 / T) / (K + 1), a float32 if T >= 0.03, up to 1 / 2
+        s = result[:, c]  # at least exp(-2 / T) / (K + 1), which is a float32 if T >= 0.03
         loss = ((1 - s) / s).log()
         gradient = (result[:, :c] / (1 - s)[:, None] - k) / temperature
     # q - q.detach() is zero, but its gradient is one: the loss stays, q gets the gradient
@@ -179,7 +179,7 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
         q = encoder_q(query_views)
         moco.update_key_encoder(args.momentum)
         keys = moco.encode_keys(key_views, batch["order"])  # of all processes
-    own = rows_of_process(moco.enqueue(keys))  # where the queue holds the keys of q
+    own = share_of_process(moco.enqueue(keys))  # where the queue holds the keys of q
     loss = info_nce(q, own, moco.queue, args.temp)
     accuracy = instance_accuracy(q, own, moco.queue)
 
@@ -195,15 +195,15 @@ def load_batch(images, args, step):
     """What this process needs for a step, {name: tensor on the device}.
 
     It encodes the queries of its share of the batch, and the keys of another, random share: `order`
-    holds the B places of the batch in a random order, of which it takes its share. So a query does
-    not meet BatchNorm with the images that its key meets there, and no key view has to travel.
+    holds the B places of the batch in a random order, of which it takes its share. So a query and
+    its key meet BatchNorm among different images, and no key view has to travel.
 
     query_pixels, query_shapes and query_u are the images of its queries and the uniform numbers of
     their views (data.draw_step), key_pixels, key_shapes and key_u those of its keys.
     """
     rows, u, order = data.draw_step(len(images), args.batch, args.seed, step)
-    queries = rows_of_process(torch.arange(args.batch))
-    keys = rows_of_process(order)
+    queries = share_of_process(torch.arange(args.batch))
+    keys = share_of_process(order)
     batch = dict(order=to_device(order, images.device))
     batch["query_pixels"], batch["query_shapes"] = images.get(rows[queries])
     batch["key_pixels"], batch["key_shapes"] = images.get(rows[keys])
@@ -645,18 +645,17 @@ def pick_momentum(args, n):
     return round(min(0.999, max(0.8, 1 - 200 / args.steps)), 4)
 
 def pick_quick_queue(args, n):
-    """two batches; of few images an eighth of them, but at least one batch"""
-    # At most an eighth: else queries often meet another key of their own image. Two batches: in
-    # runs of some thousand steps, the older keys of a longer queue cost more than they bring.
-    return max(args.batch, min(2 * args.batch, n // 8))
+    """two batches"""
+    # in runs of some thousand steps, the older keys of a longer queue cost more than they bring
+    return min(2 * args.batch, n)
 
 def pick_queue(args, n):
-    """a tenth of the images, no keys staler than MoCo's; of few images an eighth of them"""
+    """a tenth of the images, no keys staler than MoCo's, but two batches at least"""
     # MoCo's oldest keys are 256 steps old. In these steps its key encoder takes over a share of
-    # 256 (1 - m) = 0.256 of the query encoder. Here `spanned` steps have the same share.
+    # about 256 (1 - m) = 0.256 of the query encoder. Here `spanned` steps have the same share.
     spanned = round(0.256 / max(1e-6, 1 - args.momentum), 3)
     longest = power_of_two(min(65536, n // 10, spanned * args.batch))
-    return max(pick_quick_queue(args, n), min(longest, n // 8))
+    return max(pick_quick_queue(args, n), longest)
 
 def pick_bn_splits(args, n):
     """8, or as many as have 64 images, but at least 2"""

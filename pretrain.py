@@ -628,11 +628,6 @@ def pick_lr(args, n):
     """0.03 for 256 images"""
     return round(0.03 * args.batch / 256, 5)
 
-def pick_warmup(args, n):
-    """the smaller of 2 and a seventh of the run"""
-    # a network that outruns its keys has no time to recover
-    return round(min(2, args.steps / epoch_steps(args, n) / 7), 4)
-
 def pick_crop(args, n):
     """0.2 1; in runs under 2,000 steps the 0.2 grows up to 0.35"""
     # a short run has no time to learn what two small crops share
@@ -722,10 +717,10 @@ FLAGS = [
 MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020; the rules are ours
 
 RECIPES = {  # the first one is the default
-    # for minutes to hours: weak keys cost nothing and say more, the others make the start fast
+    # for minutes to hours: assets/results.md says what each part gives
     "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=0.02, wd=5e-4,
                             stem=pick_stem, queue=pick_quick_queue, crop=pick_crop, target=0.6,
-                            lr=pick_quick_lr, warmup=pick_warmup),
+                            lr=pick_quick_lr),
     "moco-v2": MOCO_V2,
     "small": MOCO_V2 | dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi 2022
 }

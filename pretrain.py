@@ -624,6 +624,11 @@ def pick_quick_lr(args, n):
     # a loss with 1 / T in it has gradients with 1 / T in them
     return round(0.8 * args.temp * args.batch / 256, 5)
 
+def pick_muon(args, n):
+    """0.02, in runs above 1,950 steps less, as 1 / sqrt(steps)"""
+    # a long run has time for small steps, and ends higher with them
+    return round(0.02 * min(1, 1950 / args.steps) ** 0.5, 4)
+
 def pick_lr(args, n):
     """0.03 for 256 images"""
     return round(0.03 * args.batch / 256, 5)
@@ -718,7 +723,7 @@ MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020; the 
 
 RECIPES = {  # the first one is the default
     # for minutes to hours: assets/results.md says what each part gives
-    "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=0.02, wd=5e-4,
+    "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=pick_muon, wd=5e-4,
                             stem=pick_stem, queue=pick_quick_queue, crop=pick_crop, target=0.6,
                             lr=pick_quick_lr),
     "moco-v2": MOCO_V2,

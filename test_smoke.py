@@ -780,10 +780,10 @@ def test_open_flags_follow_the_number_of_images():
     for n in range(256, 20_000, 97):  # few queries meet a key of their own image
         args = filled(n, "--recipe", "moco-v2")
         assert (args.queue / n) ** 2 / 2 < 0.01 or args.queue == 2 * args.batch
-    for n, *expected in ((600, 200, "imagenet", 128), (4000, 200, "imagenet", 128),
-                         (50_000, 20, "small", 512), (60_000, 17, "small", 512)):
+    for n, *expected in ((600, 200, "imagenet", 128, 0.02), (4000, 200, "imagenet", 128, 0.0079),
+                         (50_000, 20, "small", 512, 0.0141), (60_000, 17, "small", 512, 0.014)):
         args = filled(n)
-        assert [args.epochs, args.stem, args.queue] == expected
+        assert [args.epochs, args.stem, args.queue, args.muon] == expected
     assert filled(50_000, "--size", "64").stem == "imagenet"
     assert filled(1_000_000, "--steps", "100").stem == "imagenet"
     with pytest.raises(InputError, match="--steps.*--epochs"):

@@ -97,6 +97,10 @@ def flat(tmp_path_factory):
     return ["--data", str(here / "images"), "--root", str(here), *SMALL]
 
 @pytest.fixture(scope="session")
+def flat_images(flat):
+    return load(flat[1], flat[3], size=32)[0]
+
+@pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
     """Flags of three classes with 14 training images and 5 held-out ones each."""
     here = tmp_path_factory.mktemp("labelled")
@@ -636,24 +640,26 @@ def test_keys_are_normalized_in_shuffled_parts_and_come_back_in_order():
     assert not torch.allclose(tiny_moco().encode_keys(x[order], order), expected, atol=1e-3)
 
 @pytest.mark.parametrize("keys", ["--weak-keys", "--no-weak-keys"])
-def test_a_step_is_what_the_readme_says(keys, flat):
-    args = filled(20, *SMALL, keys, "--temp", "0.3", "--momentum", "0.9", "--crop", "0.3", "0.9",
-                  "--target", "1")
-    images = load(flat[1], flat[3], size=32)[0]
-    colors = dict(jitter=0, hue=0, gray=0, blur=0) if keys == "--weak-keys" else {}
+def test_a_step_is_what_the_readme_says(keys, flat_images):
+    args = filled(20, *SMALL, keys, "--temp", "0.3", "--momentum", "0.9", "--crop", "0.3", "0.9")
     moco, _, _, take_step = prepare_step(args, queue=16, muon=0)
+    moco.hardness.fill_(0.5)
     q, k = [copy.deepcopy(net) for net in (moco.encoder_q, moco.encoder_k)]
     queue = moco.queue.clone()
     sgd = torch.optim.SGD(q.parameters(), 0.1, 0.9, weight_decay=1e-3)
     for step in range(3):
-        loss, _ = take_step(pretrain.load_batch(images, args, step))
+        h = moco.hardness.item()
+        weak = dict(jitter=0.4 * h, hue=0.1 * h, gray=0.2 * h, blur=0)
+        loss, accuracy = take_step(pretrain.load_batch(flat_images, args, step))
+        assert moco.hardness.item() == pytest.approx(h + 0.01 * (accuracy - 0.6))
         rows, u, _ = data.draw_step(20, 8, 0, step)
-        pixels, shapes = images.get(rows)
-        augment = partial(data.augment, pixels, size=32, crop=(0.3, 0.9), shapes=shapes)
+        pixels, shapes = flat_images.get(rows)
+        crop = (0.3 * (1 - 0.6 * h), 0.9)
+        augment = partial(data.augment, pixels, size=32, crop=crop, shapes=shapes)
         for new, old in zip(q.parameters(), k.parameters()):
             old.copy_(0.9 * old + 0.1 * new.detach())
         own = range(8 * step % 16, 8 * step % 16 + 8)
-        queue[own] = k(augment(u=u[1], **colors))
+        queue[own] = k(augment(u=u[1], **weak if keys == "--weak-keys" else {}))
         embedded = q(augment(u=u[0]))
         expected, gradient = cross_entropy(embedded, own, queue, 0.3)
         embedded.backward(gradient)
@@ -729,12 +735,11 @@ class Graph(TorchDispatchMode):
                 if torch.is_tensor(x) and x.data_ptr() != place.data_ptr():
                     place.copy_(x)
 
-def test_a_recorded_step_of_a_resumed_run_is_a_step(flat, tmp_path, monkeypatch):
+def test_a_recorded_step_of_a_resumed_run_is_a_step(flat_images, tmp_path, monkeypatch):
     for name in ("Stream", "current_stream", "stream"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **flags: graph)
-    images = load(flat[1], flat[3], size=32)[0]
     args = filled(20, *SMALL)
     ends = []
     for is_recorded in (False, True):
@@ -746,7 +751,7 @@ def test_a_recorded_step_of_a_resumed_run_is_a_step(flat, tmp_path, monkeypatch)
         losses = []
         for i in range(9):
             optimizer.scale_rates(1 / (i + 1))
-            losses.append(step(pretrain.load_batch(images, args, i)).clone())
+            losses.append(step(pretrain.load_batch(flat_images, args, i)).clone())
         ends.append((losses, moco.state_dict()))
     assert_close(*ends)
     assert step.graph.replays == 6
@@ -757,13 +762,6 @@ def test_views_get_harder_while_the_task_is_too_easy():
         for _ in range(steps):
             pretrain.steer(hardness, torch.tensor(accuracy), target=0.6)
         assert hardness.item() == pytest.approx(expected, abs=1e-4)
-    args = filled(1280, "--crop", "0.3", "1")
-    batch = pretrain.load_batch(data.load("letters")[1], args, 0)
-    views = pretrain.make_views(batch, args, torch.tensor(0.5))  # crops from 0.7 times 0.3
-    weak = dict(jitter=0.2, hue=0.05, gray=0.1, blur=0)
-    for view, name, flags in zip(views, ("query", "key"), ({}, weak)):
-        pixels, u = batch[f"{name}_pixels"], batch[f"{name}_u"]
-        assert_close(view, data.augment(pixels, u, 32, (0.21, 1), **flags))
 
 def filled(n, *flags, world=1):
     """The flags of a run of n images, all of which must have passed the check."""
@@ -1246,12 +1244,11 @@ def test_instance_discrimination_is_a_search():
     assert linear_eval.instance_discrimination(same, same, same)[4] == 0
     assert linear_eval.instance_discrimination(o, o, a)[0] == 100
 
-def test_found_compares_two_views_of_an_image(flat):
-    images = load(flat[1], flat[3], size=32)[0]
+def test_found_compares_two_views_of_an_image(flat_images):
     pixels = linear_eval.Pixels()
-    hard, easy = [linear_eval.found(pixels, images, 32, jitter=jitter) for jitter in (0.4, 0)]
+    hard, easy = [linear_eval.found(pixels, flat_images, 32, jitter=jitter) for jitter in (0.4, 0)]
     assert 0 < hard < easy
-    assert linear_eval.found(lambda x: pixels(0 * x + 1), images, 32) == 0
+    assert linear_eval.found(lambda x: pixels(0 * x + 1), flat_images, 32) == 0
 
 def test_distances_are_means_over_pairs():
     o, a, b, y = sample()

@@ -85,7 +85,7 @@ class MoCo(nn.Module):
                 layer.__class__ = SplitBatchNorm  # another forward pass for the same weights
                 layer.splits = splits  # on this process
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
-        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # row of the oldest key
+        self.register_buffer("next_row", torch.zeros((), dtype=torch.long))  # of the oldest key
         self.register_buffer("hardness", torch.zeros(()))  # of views, 0 to 1: see make_views, steer
 
     @torch.no_grad()
@@ -112,9 +112,9 @@ class MoCo(nn.Module):
     def enqueue(self, keys):
         """The keys (B, C) of a step overwrite the oldest ones: the queue is a ring. -> the rows
         (B,) of the queue that hold them now."""
-        rows = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        rows = (self.next_row + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue[rows] = keys
-        self.oldest.add_(len(keys)).remainder_(len(self.queue))
+        self.next_row.add_(len(keys)).remainder_(len(self.queue))
         return rows
 
 def share_of_process(x):
@@ -299,7 +299,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         save_views(train, args, out / "views.png")
     print0(f"{out}: {args.arch} on {device.type}, {len(train):,} images at {args.size} pixels, "
            f"steps {first:,} to {args.steps:,}")
-    if first == 0:
+    if first == 0 and args.queue > args.batch:
         print0(f"Up to step {math.ceil(args.queue / args.batch)} the loss rises, as real keys take "
                "the place of random ones in the queue; then it should fall.")
 

@@ -662,6 +662,8 @@ def test_a_step_is_what_the_readme_says(keys, flat_images):
         queue[own] = k(augment(u=u[1], **weak if keys == "--weak-keys" else {}))
         embedded = q(augment(u=u[0]))
         expected, gradient = cross_entropy(embedded, own, queue, 0.3)
+        hits = (embedded @ queue.T).argmax(1) == torch.tensor(own)
+        assert accuracy == hits.float().mean()
         embedded.backward(gradient)
         sgd.step()
         sgd.zero_grad()
@@ -775,13 +777,14 @@ def filled(n, *flags, world=1):
 def test_open_flags_follow_the_number_of_images():
     args = filled(5120, "--data", "letters")
     assert (args.batch, args.queue, args.steps, args.momentum) == (64, 128, 14 * 80, 0.8214)
-    for n in range(256, 20_000, 97):  # few queries meet a key of their own image
-        args = filled(n, "--recipe", "moco-v2")
-        assert (args.queue / n) ** 2 / 2 < 0.01 or args.queue == 2 * args.batch
-    for n, *expected in ((600, 200, "imagenet", 128, 0.02), (4000, 200, "imagenet", 128, 0.0079),
-                         (50_000, 20, "small", 512, 0.0141), (60_000, 17, "small", 512, 0.014)):
-        args = filled(n)
-        assert [args.epochs, args.stem, args.queue, args.muon] == expected
+    for n, picked in (
+            (600, dict(epochs=200, queue=128, lr=0.02, muon=0.02, crop=[0.222, 1], bn_splits=2)),
+            (4000, dict(epochs=200, queue=128, muon=0.0079, stem="imagenet", momentum=0.9839)),
+            (60_000, dict(epochs=17, queue=512, lr=0.08, muon=0.014, crop=[0.2, 1], bn_splits=4,
+                          stem="small", warmup=0))):
+        assert picked.items() <= vars(filled(n)).items()
+    for n, epochs, queue in ((400, "9", 128), (5000, "999", 256), (50_000, "40", 2048)):
+        assert filled(n, "--recipe", "moco-v2", "--epochs", epochs).queue == queue
     assert filled(50_000, "--size", "64").stem == "imagenet"
     assert filled(1_000_000, "--steps", "100").stem == "imagenet"
     with pytest.raises(InputError, match="--steps.*--epochs"):

@@ -633,6 +633,11 @@ def pick_lr(args, n):
     """0.03 for 256 images"""
     return round(0.03 * args.batch / 256, 5)
 
+def pick_warmup(args, n):
+    """a twentieth of the run; none in runs of up to 1,950 steps"""
+    # short runs do as well without, 40 epochs of CIFAR-10 do not: see assets/results.md
+    return round(args.steps / epoch_steps(args, n) / 20, 4) if args.steps > 1950 else 0.0
+
 def pick_crop(args, n):
     """0.2 1; in runs under 2,000 steps the 0.2 grows up to 0.35"""
     # a short run has no time to learn what two small crops share
@@ -725,7 +730,7 @@ RECIPES = {  # the first one is the default
     # for minutes to hours: assets/results.md says what each part gives
     "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=pick_muon, wd=5e-4,
                             stem=pick_stem, queue=pick_quick_queue, crop=pick_crop, target=0.6,
-                            lr=pick_quick_lr),
+                            lr=pick_quick_lr, warmup=pick_warmup),
     "moco-v2": MOCO_V2,
     "small": MOCO_V2 | dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi 2022
 }

@@ -777,9 +777,13 @@ def filled(n, *flags, world=1):
 def test_open_flags_follow_the_number_of_images():
     args = filled(5120, "--data", "letters")
     assert (args.batch, args.queue, args.steps, args.momentum) == (64, 128, 14 * 80, 0.8214)
+    for n in range(256, 20_000, 97):  # few queries meet an old key of their own image
+        args = filled(n, "--recipe", "moco-v2")
+        assert args.queue <= max(n / 10, 2 * args.batch)
     for n, picked in (
             (600, dict(warmup=0, queue=128, lr=0.02, muon=0.02, crop=[0.222, 1], bn_splits=2)),
             (4000, dict(epochs=200, queue=128, muon=0.0079, stem="imagenet", momentum=0.9839)),
+            (50_000, dict(epochs=20, queue=512, stem="small")),
             (60_000, dict(epochs=17, queue=512, lr=0.08, muon=0.014, crop=[0.2, 1], bn_splits=4,
                           stem="small", warmup=0.85))):
         assert picked.items() <= vars(filled(n)).items()
@@ -800,7 +804,8 @@ def test_open_flags_follow_the_number_of_images():
         filled(100, "--batch", "9", world=2)
 
 def test_a_run_end_to_end(labelled, tmp_path, capsys):
-    run(*labelled, "--epochs", 2, "--out", tmp_path / "run")
+    moco = run(*labelled, "--epochs", 2, "--out", tmp_path / "run")
+    assert moco.queue.shape == (16, 128) and moco.encoder_k.backbone.features[0][1].splits == 2
     printed = capsys.readouterr().out
     for text in ("Up to step 2 the loss rises", "raw pixels", "for 42 images"):
         assert text in printed
@@ -1213,7 +1218,7 @@ def test_an_evaluation_end_to_end_and_the_readmes_classifier(tmp_path, monkeypat
                           ("photo.jpg", "images/test/a/3 é.jpg"), ("print(", "answer = (")):
         assert written in lines
         lines = lines.replace(written, here)
-    scope = {**globals()}
+    scope = dict(torch=torch, torchvision=torchvision)
     exec(lines, scope)
     assert_close(scope["answer"].values[0], guess[3].softmax(0).topk(3)[0], atol=0.02,
                  rtol=0)

@@ -56,15 +56,17 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
 
     Each view is a random resized crop of a share of the area within `crop`. It is flipped with p
     0.5. With p 0.8 its brightness, contrast and saturation change by a factor within 1 +- `jitter`
-    and its hue by up to `hue` turns. It is gray with p `gray`, and blurred with p `blur` by a
-    Gaussian of sigma 0.1..2.0 pixels at 224, which scales with `size`.
+    and its hue turns by up to `hue` of a full circle. It is gray with p `gray`, and blurred with p
+    `blur` by a Gaussian. Its sigma is 0.1 to 2.0 pixels in views of 224 pixels, and in proportion
+    in others.
 
     u (n, COLUMNS) holds the uniform random numbers of each view. shapes (n, 2) holds the heights
     and widths that the images had before they were stored as squares; None: they were squares.
 
     All but the clipping to black and white is linear: one matrix acts on the rows of an image, one
     on its columns, one on its colors. Blur is part of the first two, so it comes before the
-    clipping. crop, jitter, hue and gray may also be tensors of one number on the device.
+    clipping. crop, jitter, hue and gray may also be tensors of one number on the device: during
+    pretraining they change from step to step.
     """
     n, _, side, _ = images.shape
     if shapes is None:
@@ -113,15 +115,15 @@ def constants(device):
     columns = torch.tensor([MEAN, STD])[:, :, None]
     return [x.to(device) for x in (*columns, yiq, torch.linalg.inv(yiq))]
 
-def crop_boxes(u, shapes, share):
+def crop_boxes(u, shapes, crop):
     """Boxes (n, 4), each a top, left, height and width in pixels, of random resized crops (Szegedy
     et al. 2015) of images with these heights and widths (n, 2).
 
-    A box has an area within `share` of the image's and an aspect ratio within 3/4..4/3. Of ten
+    A box has an area within `crop` of the image's and an aspect ratio within 3/4..4/3. Of ten
     attempts the first that fits into the image counts. If none fits, the box is the largest
     centered one within those ratios. torchvision's RandomResizedCrop does so for one image.
     """
-    area = shapes.prod(1, keepdim=True) * (share[0] + (share[1] - share[0]) * u[:, AREA])
+    area = shapes.prod(1, keepdim=True) * (crop[0] + (crop[1] - crop[0]) * u[:, AREA])
     ratio = torch.exp((2 * u[:, RATIO] - 1) * math.log(4 / 3))
     attempts = torch.stack([area / ratio, area * ratio], 2).sqrt().round()  # heights and widths
     fits = ((attempts > 0) & (attempts <= shapes[:, None])).all(2)
@@ -149,12 +151,13 @@ def cut(images, box, shapes, size, flip=None, sigma=None):
     return torch.einsum("nycj,nxj->ncyx", x, across).flatten(2)
 
 def resampling(begin, length, source, size, flip=None, sigma=None):
-    """Matrices (n, size, source) that cut `length` pixels from `begin` on out of an axis of
-    `source` pixels, resize them to `size`, flip them where `flip` is true, and blur them.
+    """Matrices (n, size, source) for an axis of `source` pixels: they take the `length` pixels that
+    start at `begin`, resize them to `size`, flip them where `flip` is true, and blur them.
 
-    begin, length, flip and sigma are (n,); pixel j of an axis covers [j, j + 1). Antialiased
-    bilinear resizing is a triangle filter as wide as the shrinkage. A Gaussian blur of `sigma`
-    output pixels is a softmax over squared distances: also at the borders, weights sum to one.
+    begin, length, flip and sigma are (n,); pixel j of an axis covers [j, j + 1). In antialiased
+    bilinear resizing, an output pixel is a weighted mean of the pixels around its middle. Weights
+    fall to zero in a distance of length / size pixels, at least of one. A Gaussian blur of `sigma`
+    output pixels is a softmax of -distance^2 / (2 sigma^2), so weights sum to one at borders, too.
     """
     begin = begin[:, None, None]
     length = length[:, None, None]
@@ -565,7 +568,7 @@ def positive(text):
         raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
     return int(text)
 
-def share(text):
+def fraction(text):
     """The type of a flag that is a number within 0..1."""
     try:
         value = float(text)

@@ -28,8 +28,8 @@ from torch import nn
 
 import data
 import models
-from data import (InputError, gather, init_device, load_file, move_to_device, positive,
-                  print0, rank_world, run, save, seeded, share, to_device)
+from data import (InputError, fraction, gather, init_device, load_file, move_to_device, positive,
+                  print0, rank_world, run, save, seeded, to_device)
 
 # ------------------------------------------------------------------------------------- 1. features
 
@@ -412,7 +412,7 @@ def labelled_subset(labels, wanted, seed):
     """Random rows (n,) of the labelled images: of each class a share (`wanted` "0.01"; "1.0" is
     all), at least one image, or a number of images (`wanted` "25")."""
     try:
-        amount = share(wanted) if "." in wanted else positive(wanted)
+        amount = fraction(wanted) if "." in wanted else positive(wanted)
     except argparse.ArgumentTypeError as error:
         raise InputError(f"--labels {error}") from None
     order = torch.randperm(len(labels), generator=seeded("labels", seed))

@@ -9,16 +9,21 @@ The method: He et al. 2020 (MoCo), Chen et al. 2020 (MoCo v2), for small network
 Read it from top to bottom: the method, one step, the training loop. Then, as needed: networks and
 optimizer, monitor and report, the run's folder, rules, flags and recipes.
 
-Whatever the flags, these details differ from MoCo v2, from its CIFAR-10 notebook, or from both:
+Letters in shapes: B images in the batch of a step, over all processes; N = B / processes, those of
+one process; C numbers in an embedding; K keys in the queue.
 
-- The keys of a batch enter the queue before the loss, not after it. So the other keys of a batch
-  are negatives, too. Else the own key alone would be new, and its newness could give it away.
+For readers who know MoCo: whatever the flags, these details differ from MoCo v2, from its CIFAR-10
+notebook, or from both.
+
+- The keys of a batch enter the queue before the loss, not after it. So the keys of the other
+  images of the batch are negatives, too. If they entered after it, a query's own key would be the
+  only new one, and a query could find it by that alone.
 - BatchNorm of queries: over all queries of a process at once (MoCo: over the 32 of a GPU; the
   notebook: in eight parts, like keys).
 - All networks start as He et al. 2015 propose, which makes the weights of the head's Linears 2.45
-  times as large as torch's default. The last Linear starts four times as large again.
+  times as large as torch's default. The head's last Linear starts at four times that.
 - BatchNorm has torch's momentum of 0.1 (torchvision's MobileNetV3: 0.01).
-- The learning rate follows the step, not the epoch.
+- The learning rate changes at every step, not at every epoch.
 - Pixels are normalized by ImageNet's mean and deviation, whatever the data set.
 - Hue turns in YIQ, not in HSV. Blur comes before colors are clipped to black and white, and its
   sigma shrinks with the view.
@@ -45,9 +50,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
-from data import (InputError, Progress, gather, init_device, load_file, locked, mean_over_processes,
-                  move_to_device, positive, print0, rank_world, run, save, share, share_buffers,
-                  to_device)
+from data import (InputError, Progress, fraction, gather, init_device, load_file, locked,
+                  mean_over_processes, move_to_device, positive, print0, rank_world, run, save,
+                  share_buffers, to_device)
 from linear_eval import Pixels, found, judge, read_checkpoint, to_evaluate
 
 # ----------------------------------------------------------------------------------- 1. the method
@@ -97,11 +102,13 @@ class MoCo(nn.Module):
 
     @torch.no_grad()
     def encode_keys(self, views, order):
-        """Key views (B / processes, 3, H, W) -> all keys (B, C), in the order of the batch.
+        """Key views (N, 3, H, W) of this process -> all keys (B, C), in the order of the batch.
 
-        Shuffling BN (He et al. 2020, section 3.3): a query could recognize keys of its own batch by
-        the statistics that they share. So keys meet BatchNorm in another order than queries, and in
-        parts. `order` (B,) is that order, of which each process has its share: see `load_batch`.
+        Shuffling BN (He et al. 2020, section 3.3): BatchNorm mixes the images of a batch. If a
+        query and its key were normalized by the same images, the query could find the key by the
+        mean and the variance that both have in them. So the key views come in another order, and
+        BatchNorm normalizes parts of them by themselves. `order` (B,) says which image of the batch
+        comes at which place: see `load_batch`.
         """
         shuffled = gather(self.encoder_k(views))
         keys = torch.empty_like(shuffled)
@@ -118,7 +125,7 @@ class MoCo(nn.Module):
         return rows
 
 def share_of_process(x):
-    """This process's equal share of the rows of x."""
+    """Of the rows of x, which all processes have, those that this process works on."""
     rank, world = rank_world()
     return x.chunk(world)[rank]
 
@@ -136,24 +143,25 @@ def info_nce(q, own, queue, temperature):
 
         loss = -log w_own        dloss/dq = (sum_j w_j u_j - k) / T
 
-    Attention computes such weighted sums, but it does not return w_own. So the own key enters once
-    more, where its weight can be read: each query gets one more coordinate, q.k, and the queue gets
-    one more row, which is 1 there and 0 elsewhere. In the result, that coordinate holds the weight
-    s of this row. The weights of all other rows are (1 - s) w_j:
+    Attention computes such weighted sums, but it does not return w_own. So the queue gets one more
+    row: zeros, and a 1 in a new last coordinate. In this coordinate, each query has q.k. So the new
+    row has the same logit as the own key. Its softmax weight s comes out as the last coordinate of
+    the result, since all other rows have a 0 there. These share the rest, 1 - s, as before:
+
         queries = [q, q.k]   keys = values = [[queue, 0], [0, 1]]
         result = [(1 - s) sum_j w_j u_j, s]   w_own = s / (1 - s)
     """
     c = q.shape[1]
     with torch.no_grad():
         k = queue[own]
-        extra = 8 - c % 8  # columns, not 1: on a GPU, the width must be a multiple of eight
+        extra = 8 - c % 8  # one column would do, but GPUs ask for a width that is a multiple of 8
         queries = F.pad(q, (0, extra))
         queries[:, c] = (q * k).sum(1)
         keys = F.pad(queue, (0, extra, 0, 1))  # and one row
         keys[-1, c] = 1
         queries, keys = queries[None, None], keys[None, None]  # one head of one sequence
         result = F.scaled_dot_product_attention(queries, keys, keys, scale=1 / temperature)[0, 0]
-        s = result[:, c]  # at least exp(-2 / T) / (K + 1), which is a float32 if T >= 0.03
+        s = result[:, c]  # exp(-2 / T) / (K + 1) or more: large enough for a float32 if T >= 0.03
         loss = ((1 - s) / s).log()
         gradient = (result[:, :c] / (1 - s)[:, None] - k) / temperature
     # q - q.detach() is zero, but its gradient is one: the loss stays, q gets the gradient
@@ -194,12 +202,13 @@ def train_step(moco, encoder_q, optimizer, scaler, autocast, args, batch):
 def load_batch(images, args, step):
     """What this process needs for a step, {name: tensor on the device}.
 
-    It encodes the queries of its share of the batch, and the keys of another, random share: `order`
-    holds the B places of the batch in a random order, of which it takes its share. So a query and
-    its key meet BatchNorm among different images, and no key view has to travel.
+    It encodes the queries of N images, its part of the batch, and the keys of N random images:
+    `order` is a random order of the B images, of which it takes its part. So BatchNorm sees a query
+    and its key among different images. MoCo sends views from GPU to GPU for that. Here each process
+    makes the views that it needs.
 
-    query_pixels, query_shapes and query_u are the images of its queries and the uniform numbers of
-    their views (data.draw_step), key_pixels, key_shapes and key_u those of its keys.
+    query_pixels, query_shapes and query_u are the N images of its queries and the uniform numbers
+    of their views (data.draw_step), key_pixels, key_shapes and key_u those of its keys.
     """
     rows, u, order = data.draw_step(len(images), args.batch, args.seed, step)
     queries = share_of_process(torch.arange(args.batch))
@@ -212,7 +221,7 @@ def load_batch(images, args, step):
     return batch
 
 def make_views(batch, args, hardness):
-    """-> query views and key views, (B / processes, 3, size, size) each.
+    """-> query views and key views, (N, 3, size, size) each.
 
     `hardness`, from 0 to 1, is set by `steer`. At 0 the views are as the flags say. At 1 the
     smallest crop has 0.4 times the area that --crop says (0.08 instead of 0.2), and weak keys have
@@ -252,14 +261,14 @@ def main(argv=None):
     is_resumed = args.resume and (out / "last.pt").exists()
     start = None  # the network of --init; a resumed run takes its weights from last.pt
     if args.init is not None and not is_resumed:
-        # --stem is None unless typed: pick_imagenet_stem and pick_stem come later
+        # --stem is still None unless typed, so that the checkpoint's own comes before pick_stem
         start, known = read_checkpoint(args.init, args.arch, args.stem)
         args.stem = known["stem"]
     apply_rules(args, len(train))
     check(args, train)
-    args.fingerprint = train.fingerprint  # a resumed run must find the same images: see `check`
-    lock = contextlib.nullcontext()  # two runs in one folder would overwrite each other
-    if rank_world()[0] == 0:
+    args.fingerprint = train.fingerprint  # for args.json: `check` compares it where a run goes on
+    lock = contextlib.nullcontext()
+    if rank_world()[0] == 0:  # two runs in one folder would overwrite each other
         lock = locked(out / "lock", wait=False)
     with lock:
         moco = pretrain(args, out, is_resumed, start, train, test, device)
@@ -333,7 +342,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         if epoch_ends:
             stop_if_diverged(loss, moco, step, args)
             if run_ends or (epoch + 1) % args.knn_every == 0:
-                share_buffers(moco.encoder_q)  # DDP shares them only before a step
+                share_buffers(moco.encoder_q)  # BatchNorm's: DDP does so only before a step
                 entry |= monitor(moco.encoder_q.backbone.eval(), train, test, args)
                 moco.encoder_q.train()
             log.append(entry)
@@ -360,9 +369,10 @@ def choose_dtype(precision, device, arch):
     return torch.bfloat16 if has_it and arch.startswith("resnet") else torch.float32
 
 class Muon(torch.optim.SGD):
-    """SGD with momentum, for all weights but those of most convolutions. If `muon` is above 0, each
-    of these moves by a nearly orthogonal matrix, at the rate `muon` (Jordan et al. 2024): the dense
-    ones with a BatchNorm after them, except the first, on colors.
+    """SGD with momentum. If `muon` is above 0, the weights of most convolutions do not move by it,
+    but by a nearly orthogonal matrix times the rate `muon` (Jordan et al. 2024): those of all
+    convolutions that are not depthwise and have a BatchNorm after them, except the first one, which
+    reads the colors.
 
     A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
     moves a layer equally far in all, and features that few images ask for are learned as early.
@@ -412,9 +422,10 @@ def orthogonal(g):
 
         x <- p x        p = 3.4445 I - 4.775 a + 2.0315 a^2        a = x x^T
 
-    Here x is never formed. As p is symmetric, the next a is p a p. All are small squares of the
-    shorter side of g, and g is multiplied once, by the product of the five p. That takes a fifth to
-    two thirds of the time of Jordan's loop.
+    which bring its singular values near 1. Here x is not computed: as p is symmetric, the next a is
+    (p x) (p x)^T = p a p. So the loop has small matrices alone, whose side is the shorter one of g,
+    and g is multiplied once, by the product of the five p. That takes a fifth to two thirds of the
+    time of Jordan's loop.
 
     A shorter side above 160, as in ResNets, is cut into parts of 64, each of which is made
     orthogonal by itself. The whole then has singular values up to about 3. On a ResNet-18 that
@@ -582,12 +593,15 @@ def stop_if_diverged(loss, moco, step, args):
 
 # ------------------------------------------------------------------------- 7. rules, flags, recipes
 #
-# A flag has the value of the first of these that gives one: the command line; args.json of the run
-# that goes on; the recipe's value; the recipe's rule. Until then it is None. `parse` does the first
-# three; `apply_rules` does the last, when the images are known.
-#
-# A rule picks a value from the flags above its own in FLAGS and from the number n of images. (Only
-# pick_epochs looks below, at --steps if it was typed.) Its docstring is what --help says of it.
+# Where does a flag get its value? From the first of these that has one:
+#   1. the command line
+#   2. args.json, if a run goes on
+#   3. the recipe, if it has a value for the flag
+#   4. the recipe, if it has a rule: one of the functions pick_...
+# `parse` does 1 to 3 and leaves None where a rule has to decide. When the images are known,
+# `apply_rules` does 4, in the order of FLAGS: a rule may use the flags above its own and the number
+# n of images. (Only pick_epochs looks below, at --steps if it was typed.) --help shows the
+# docstring of a rule in the place of a value.
 
 def epoch_steps(args, n):
     """Steps of an epoch; the last incomplete batch is dropped."""
@@ -609,14 +623,10 @@ def pick_steps(args, n):
     """by --epochs"""
     return args.epochs * epoch_steps(args, n)
 
-def pick_imagenet_stem(args, n):
-    """imagenet"""
-    return "imagenet"  # a rule and no value, so that the stem of --init comes before it
-
 def pick_stem(args, n):
     """small if the run shows about a million images, in views below 64 pixels, else imagenet"""
     # Its maps are larger, so a step of a MobileNet takes two to three times as long, which pays in
-    # long runs. An epoch drops its last incomplete batch: a million images are 950,000 or more.
+    # long runs. An epoch drops its last incomplete batch, so a million images may be 900,000.
     return "small" if args.steps * args.batch > 900_000 and args.size < 64 else "imagenet"
 
 def pick_quick_lr(args, n):
@@ -634,9 +644,9 @@ def pick_lr(args, n):
     return round(0.03 * args.batch / 256, 5)
 
 def pick_warmup(args, n):
-    """a twentieth of the run; none in runs of up to 1,950 steps"""
-    # short runs do as well without, 40 epochs of CIFAR-10 do not: see assets/results.md
-    return round(args.steps / epoch_steps(args, n) / 20, 4) if args.steps > 1950 else 0.0
+    """a twentieth of the run; none in runs of up to 5,000 steps"""
+    # it helps 40 epochs of CIFAR-10, and costs in 16: see assets/results.md
+    return round(args.steps / epoch_steps(args, n) / 20, 4) if args.steps > 5000 else 0.0
 
 def pick_crop(args, n):
     """0.2 1; in runs under 2,000 steps the 0.2 grows up to 0.35"""
@@ -656,14 +666,14 @@ def pick_quick_queue(args, n):
 
 def pick_queue(args, n):
     """a tenth of the images, no keys staler than MoCo's, but two batches at least"""
-    # MoCo's oldest keys are 256 steps old. In these steps its key encoder takes over a share of
-    # about 256 (1 - m) = 0.256 of the query encoder. Here `spanned` steps have the same share.
-    spanned = round(0.256 / max(1e-6, 1 - args.momentum), 3)
-    longest = power_of_two(min(65536, n // 10, spanned * args.batch))
+    # MoCo's oldest keys are 256 steps old. Since then its key encoder, with m = 0.999, has moved by
+    # 256 (1 - m) = 0.256 of the way to the query encoder. With another m, it does so in:
+    steps = round(0.256 / max(1e-6, 1 - args.momentum), 3)
+    longest = power_of_two(min(65536, n // 10, steps * args.batch))
     return max(pick_quick_queue(args, n), longest)
 
 def pick_bn_splits(args, n):
-    """8, or as many as have 64 images, but at least 2"""
+    """8, or fewer, so that each has 64 images, but at least 2"""
     world = rank_world()[1]
     splits = min(8, args.batch // 2, max(2, args.batch // 64))
     return max(1, splits // world) * world  # as many on each process
@@ -679,7 +689,7 @@ def power_of_two(n):
 # what argparse has to know of each kind of flag
 TEXT = dict()
 WHOLE = dict(type=positive)
-SHARE = dict(type=share)
+FRACTION = dict(type=fraction)
 NUMBER = dict(type=float)
 SWITCH = dict(action=argparse.BooleanOptionalAction)
 
@@ -697,24 +707,24 @@ FLAGS = [
     ("batch", WHOLE, pick_batch, "images a step, over all processes"),
     ("epochs", WHOLE, pick_epochs, "passes over the images"),
     ("steps", WHOLE, pick_steps, "length of the run in steps, instead of --epochs"),
-    ("stem", dict(choices=models.STEMS), pick_imagenet_stem, "first layers of the backbone"),
+    ("stem", dict(choices=models.STEMS), pick_stem, "first layers of the backbone"),
     ("temp", NUMBER, 0.2, "temperature T"),
-    ("momentum", SHARE, pick_momentum, "m of the key encoder"),
+    ("momentum", FRACTION, pick_momentum, "m of the key encoder"),
     ("queue", WHOLE, pick_queue, "number K of keys"),
     ("bn_splits", WHOLE, pick_bn_splits, "parts of the keys for BatchNorm"),
     ("weak_keys", SWITCH, False, "keys are of views only cropped and flipped (Wang 2022), until "
      "--target makes them harder"),
-    ("crop", dict(type=share, nargs=2), [0.2, 1.0], "smallest and largest area of a crop, before "
-     "--target makes them harder"),
-    ("target", SHARE, 1.0, "instance accuracy above which crops get smaller and weak keys get "
+    ("crop", dict(type=fraction, nargs=2), [0.2, 1.0], "smallest and largest area of a crop, "
+     "before --target makes them harder"),
+    ("target", FRACTION, 1.0, "instance accuracy above which crops get smaller and weak keys get "
      "colors; 1: never"),
-    ("jitter", SHARE, 0.4, "of brightness, contrast and saturation"),
-    ("hue", SHARE, 0.1, "jitter of hue, in turns"),
-    ("gray", SHARE, 0.2, "probability of grayscale"),
-    ("blur", SHARE, 0.5, "probability of Gaussian blur"),
-    ("lr", SHARE, pick_lr, "learning rate of SGD"),
-    ("muon", SHARE, 0.0, "learning rate of convolutions with Muon (Jordan 2024); 0: SGD"),
-    ("wd", SHARE, 1e-4, "weight decay"),
+    ("jitter", FRACTION, 0.4, "of brightness, contrast and saturation"),
+    ("hue", FRACTION, 0.1, "jitter of hue, in turns"),
+    ("gray", FRACTION, 0.2, "probability of grayscale"),
+    ("blur", FRACTION, 0.5, "probability of Gaussian blur"),
+    ("lr", FRACTION, pick_lr, "learning rate of SGD"),
+    ("muon", FRACTION, 0.0, "learning rate of convolutions with Muon (Jordan 2024); 0: SGD"),
+    ("wd", FRACTION, 1e-4, "weight decay"),
     ("warmup", NUMBER, 0.0, "linear, in epochs"),
     ("knn_every", WHOLE, pick_knn_every, "epochs between looks at held-out images"),
     ("seed", dict(type=int), 0, "of weights, order and views"),
@@ -729,8 +739,8 @@ MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020; the 
 RECIPES = {  # the first one is the default
     # for minutes to hours: assets/results.md says what each part gives
     "quick": MOCO_V2 | dict(temp=0.1, weak_keys=True, zero_init=True, muon=pick_muon, wd=5e-4,
-                            stem=pick_stem, queue=pick_quick_queue, crop=pick_crop, target=0.6,
-                            lr=pick_quick_lr, warmup=pick_warmup),
+                            queue=pick_quick_queue, crop=pick_crop, target=0.6, lr=pick_quick_lr,
+                            warmup=pick_warmup),
     "moco-v2": MOCO_V2,
     "small": MOCO_V2 | dict(temp=0.1, head="wide", jitter=0.8, hue=0.4, gray=0.5),  # Shi 2022
 }

@@ -782,10 +782,11 @@ def test_open_flags_follow_the_number_of_images():
         assert args.queue <= max(n / 10, 2 * args.batch)
     for n, picked in (
             (600, dict(warmup=0, queue=128, lr=0.02, muon=0.02, crop=[0.222, 1], bn_splits=2)),
-            (4000, dict(epochs=200, queue=128, muon=0.0079, stem="imagenet", momentum=0.9839)),
+            (4000, dict(epochs=200, queue=128, muon=0.0079, stem="imagenet", momentum=0.9839,
+                        warmup=10)),
             (50_000, dict(epochs=20, queue=512, stem="small")),
             (60_000, dict(epochs=17, queue=512, lr=0.08, muon=0.014, crop=[0.2, 1], bn_splits=4,
-                          stem="small", warmup=0.85))):
+                          stem="small", warmup=0))):
         assert picked.items() <= vars(filled(n)).items()
     for n, epochs, queue in ((400, "9", 128), (5000, "999", 256), (50_000, "40", 2048)):
         assert filled(n, "--recipe", "moco-v2", "--epochs", epochs).queue == queue

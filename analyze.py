@@ -18,14 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import make_grid
 
 import data
 from data import (InputError, init_device, move_to_device, positive, print0, rank_world, run, save,
                   seeded)
-from linear_eval import (UNTRAINED, accuracy, add_common_flags, check_labels, extract, folder_of,
+from linear_eval import (DEFAULTS, UNTRAINED, accuracy, add_common_flags, extract, folder_of,
                          instance_discrimination, labelled_subset, linear_probe, neighbours,
                          open_checkpoint, to_evaluate, unit)
 
@@ -194,10 +194,10 @@ def draw_map(samples, path, side=20, cell=64):
         some = torch.linspace(0, len(rows) - 1, n * n).long()
         x, y = tsne(o[some]).T
         columns = x.argsort().view(n, n)  # n images in each of n columns, from left to right
-        columns = columns.gather(1, y[columns].argsort(1)).flatten()  # each from top to bottom
-        pixels = images.get(rows[some[columns]])[0].float().cpu()
-        tiles = F.interpolate(pixels, cell, mode="area").byte().view(n, n, 3, cell, cell)
-        grid = tiles.permute(1, 3, 0, 4, 2).reshape(n * cell, n * cell, 3)
+        columns = columns.gather(1, y[columns].argsort(1))  # each from top to bottom
+        pixels = images.get(rows[some[columns.T.flatten()]])[0].float().cpu()
+        tiles = F.interpolate(pixels, cell, mode="area").byte()
+        grid = make_grid(tiles, nrow=n, padding=0).permute(1, 2, 0)
         picture = Image.new("RGB", (n * cell + 40, n * cell + 80), "white")
         text = f"{title[-30:]}: {n * n} images by t-SNE"
         ImageDraw.Draw(picture).text((20, 14), text, "black", LARGE)
@@ -304,7 +304,7 @@ def look(net, train, held, size, args):
         views = torch.stack([unit(extract(net, images, size, chosen, u)[0]) for u in draws])
         measures[split] = instance_metrics(o, views[0], views[1], y)
     sample = images, chosen, y.cpu(), unit(o).cpu(), views.cpu()  # of the last split
-    if train.classes:  # neighbours and the linear probe are measured on whole splits
+    if held is not None:  # neighbours and the linear probe are measured on whole splits
         train_x, train_y = extract(net, train, size, (train.labels >= 0).nonzero()[:, 0])
         test_x, test_y = extract(net, held, size)
         weight, bias = linear_probe(train_x, train_y, len(train.classes))
@@ -334,30 +334,27 @@ def main(argv=None):
     device = init_device(args.device)
 
     # the first network says which images; random and pixels come last and take its size
-    checkpoints = []
-    names = dict.fromkeys(args.checkpoint)
-    for name in sorted(names, key=UNTRAINED.__contains__):
-        like = checkpoints[0] if checkpoints else None
-        checkpoints.append(open_checkpoint(name, args, like))
+    opened = []
+    defaults = DEFAULTS
+    for name in sorted(dict.fromkeys(args.checkpoint), key=UNTRAINED.__contains__):
+        net, values = open_checkpoint(name, args, defaults)
+        opened.append((net, values))
+        defaults = opened[0][1]
+        args.data = defaults["data"]
     loaded = {}  # all networks of one size see the same images in memory
     results = {}
     samples = {}
-    for checkpoint in checkpoints:
-        name = checkpoint.name
-        if checkpoint.size not in loaded:
-            images = data.load(checkpoint.data, args.root, checkpoint.size, device)
-            move_to_device(*images[:2])
-            loaded[checkpoint.size] = images
-        train, held, size = loaded[checkpoint.size]
-        if train.classes:
-            check_labels(train, held, checkpoint.data)
-        print0(f"{name}: {checkpoint.arch} at {size} pixels on {checkpoint.data}")
-        net = to_evaluate(checkpoint.net, device)
+    for net, values in opened:
+        name, size = net.name, values["size"]
+        if size not in loaded:
+            loaded[size] = data.load(args.data, args.root, size, device)
+            move_to_device(*loaded[size][:2])
+        train, held, size = loaded[size]
+        print0(f"{name}: {values['arch']} at {size} pixels on {args.data}")
+        to_evaluate(net, device)
         results[name], samples[name] = look(net, train, held, size, args)
     if rank_world()[0] == 0:
         write(results, samples, args)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return results
 
 def write(results, samples, args):

@@ -19,7 +19,6 @@ import hashlib
 import math
 import os
 import sys
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -364,16 +363,16 @@ def load_folder(folder, root, size, device):
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder; or letters, cifar10, cifar100, stl10")
     train_folder = test_folder = folder
-    train = names = scan(folder)
+    train = scan(folder)
     test = []
-    parts = {first_folder(name) for name in names}
+    parts = {first_folder(name) for name in train}
     if "train" in parts and parts <= {"", "train", *TESTS}:  # else train/ is a class
         train_folder = folder / "train"
-        train = below("train/", names)
+        train = scan(train_folder)
         for part in TESTS:
             if part in parts and not test:
                 test_folder = folder / part
-                test = below(f"{part}/", names)
+                test = scan(test_folder)
     if not train:
         raise InputError(f"--data {folder}: no image in it (looked for {' '.join(EXTENSIONS)}; "
                          "folders with an args.json or analysis.json do not count)")
@@ -419,10 +418,6 @@ def refuse_folder(error):
 def first_folder(name):
     """The first folder in the name of a file, "" if there is none."""
     return name.split("/")[0] if "/" in name else ""
-
-def below(folder, names):
-    """The names that begin with `folder`, without it."""
-    return [name.removeprefix(folder) for name in names if name.startswith(folder)]
 
 def hold_out(names):
     """Those of the sorted names CLASS/* that are held out: of each class a tenth, but at least one
@@ -484,7 +479,6 @@ def digest(values):
 def decode_files(paths, side, file):
     """Decode n images into a file: first heights and widths (n, 2) float32, 0 for an unreadable
     image; then the pixels (3, side, side) uint8 of each readable one."""
-    progress = Progress(len(paths))
     shapes = np.zeros((len(paths), 2), np.float32)
     with writing(file) as output, ThreadPool(min(16, os.cpu_count())) as pool:
         output.write(shapes)  # zeros, in the place of what is known at the end
@@ -495,14 +489,13 @@ def decode_files(paths, side, file):
                     pixels, height, width = image
                     shapes[row] = height, width
                     output.write(pixels.tobytes())
-            if progress.due():
-                print(progress.line(first, f"decoding {first:,}/{len(paths):,} images"), flush=True)
+            if first % 5120 == 0:
+                print(f"decoding {first:,}/{len(paths):,} images", flush=True)
         if not shapes.any():
             raise InputError(f"--data: none of {len(paths):,} is readable, such as {paths[0]}")
         output.seek(0)
         output.write(shapes)
-    seconds = time.monotonic() - progress.started
-    print(f"decoded {len(paths):,} images in {seconds:.1f} s to {file}", flush=True)
+    print(f"decoded {len(paths):,} images to {file}", flush=True)
 
 # A large image may need 2 GB of memory, also where its file is small. So one thread decodes all
 # large ones, one after the other. (A lock would not do: malloc keeps the memory of each thread.)
@@ -541,7 +534,7 @@ def as_rgb(image):
         if image.mode == "F" or gray.min() < 0 or gray.max() > 65535:
             raise ValueError
         image = Image.fromarray((gray / 257).round().astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -557,6 +550,8 @@ def run(main):
     script = Path(sys.argv[0]).name
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (InputError, OSError) as error:
         sys.exit(f"{script}: {error}")
     except KeyboardInterrupt:
@@ -648,23 +643,6 @@ def print0(line):
     """Print, on the first process only."""
     if rank_world()[0] == 0:
         print(line, flush=True)
-
-class Progress:
-    """How far a loop is, to be said every 20 seconds."""
-
-    def __init__(self, total, done=0):
-        self.total = total
-        self.first = done
-        self.started = self.said = time.monotonic()
-
-    def due(self):
-        return time.monotonic() - self.said > 20
-
-    def line(self, done, text):
-        """`text` and the time left, if the rest goes as fast as what is done."""
-        self.said = time.monotonic()
-        seconds = (self.said - self.started) / max(1, done - self.first) * (self.total - done)
-        return f"{text}  {timedelta(seconds=int(seconds))} left"
 
 @contextmanager
 def locked(path, wait=True):

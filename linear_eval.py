@@ -19,10 +19,8 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -273,27 +271,19 @@ def folder_of(name):
         path = path.parent
     return path
 
-def folder_of_results(args, checkpoint):
+def folder_of_results(args, data_set):
     """--out, or eval-DATA[-LABELS] in the folder of the checkpoint."""
-    name = f"eval-{Path(checkpoint.data).resolve().name}"
+    name = f"eval-{Path(data_set).resolve().name}"
     if args.labels != "1.0":
         name = f"{name}-{args.labels}"
-    return Path(args.out or folder_of(checkpoint.name) / name)
+    return Path(args.out or folder_of(args.checkpoint) / name)
 
 # ---------------------------------------------------------------------------------- 6. checkpoints
 
-class Checkpoint(NamedTuple):
-    """A network and the images that it is to be judged on. The defaults hold where nothing else is
-    known."""
-    name: str  # what was typed: a path, `random` or `pixels`
-    net: nn.Module
-    arch: str = "mobilenetv3"
-    stem: str = "imagenet"
-    size: int = None  # the side of a view in pixels; None is the default of data.load
-    data: str = "letters"
-
 UNTRAINED = ("random", "pixels")
-FLAGS = Checkpoint._fields[2:]  # arch to data: flags of these scripts, which args.json may name
+# Flags that the args.json of a run answers, too, and their values where nothing else is known. For
+# a size of None, data.load picks one.
+DEFAULTS = dict(arch="mobilenetv3", stem="imagenet", size=None, data="letters")
 
 def read_checkpoint(path, arch=None, stem=None):
     """The network in a checkpoint, with its weights, and what is known of it: a dict of arch and
@@ -350,7 +340,7 @@ def read_state(path):
         file = path.parent / name
         if file.is_file():
             flags = json.loads(file.read_text())
-    known = {key: flags[key] for key in FLAGS if flags.get(key) is not None}
+    known = {key: flags[key] for key in DEFAULTS if flags.get(key) is not None}
     return tensors, known
 
 def weights_of(state, arch, names):
@@ -369,29 +359,21 @@ def weights_of(state, arch, names):
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()
             if name.startswith(parts) and not name.startswith(classifier)}
 
-def open_checkpoint(name, args, like=None):
-    """The Checkpoint called `name`. `random` has the weights that a run of this seed draws, before
-    --zero-init or --init change them.
-
-    A typed flag comes first, then what is known of the checkpoint itself, then what holds for the
-    Checkpoint `like`, with which it is compared, then the defaults. But the images are those of
-    `like`, if it is given.
-    """
+def open_checkpoint(name, args, defaults=DEFAULTS):
+    """The network called `name`, and for it the values of the flags in `defaults`, {flag: value}:
+    the typed one, else what is known of the checkpoint, else the default. `random` has the weights
+    that a run of this seed draws, before --zero-init or --init change them."""
     net = Pixels()
     known = {}
     if name not in UNTRAINED:
         net, known = read_checkpoint(name, args.arch, args.stem)
-    if like is None:
-        like = Checkpoint(name, net)
-    else:
-        known["data"] = like.data
-    known |= {key: getattr(args, key) for key in FLAGS if getattr(args, key) is not None}
-    checkpoint = like._replace(name=name, net=net, **known)
+    typed = {key: getattr(args, key) for key in defaults if getattr(args, key) is not None}
+    values = defaults | known | typed
     if name == "random":
         torch.manual_seed(args.seed)
-        checkpoint = checkpoint._replace(net=models.build(checkpoint.arch, checkpoint.stem))
-    checkpoint.net.name = name  # for messages
-    return checkpoint
+        net = models.build(values["arch"], values["stem"])
+    net.name = name  # for messages
+    return net, values
 
 def to_evaluate(net, device):
     """The network in evaluation mode on the device."""
@@ -400,13 +382,6 @@ def to_evaluate(net, device):
     return net.eval().to(device, memory_format=data.layout(device))
 
 # -------------------------------------------------------------------------------- 7. labels, flags
-
-def check_labels(train, test, name):
-    """Raise InputError unless the images have labels and a held-out part. A class may have no
-    training image; its test images then count as wrong."""
-    if not train.classes or test is None:
-        raise InputError(f"--data {name}: an evaluation needs labels (a folder for each of at "
-                         "least two classes) and held-out images")
 
 def labelled_subset(labels, wanted, seed):
     """Random rows (n,) of the labelled images: of each class a share (`wanted` "0.01"; "1.0" is
@@ -447,16 +422,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     device = init_device(args.device)
-    checkpoint = open_checkpoint(args.checkpoint, args)
-    out = folder_of_results(args, checkpoint)
-    net = to_evaluate(checkpoint.net, device)
-    train, test, size = data.load(checkpoint.data, args.root, checkpoint.size, device)
-    check_labels(train, test, checkpoint.data)
+    net, values = open_checkpoint(args.checkpoint, args)
+    data_set = values["data"]
+    out = folder_of_results(args, data_set)
+    to_evaluate(net, device)
+    train, test, size = data.load(data_set, args.root, values["size"], device)
+    if test is None:  # a class without training images may have test images; these count as wrong
+        raise InputError(f"--data {data_set}: an evaluation needs labels (a folder for each "
+                         "of at least two classes) and held-out images")
     move_to_device(train, test)
     rows = labelled_subset(train.labels, args.labels, args.seed)
     classes = len(train.classes)
-    print0(f"{checkpoint.name} at {size} pixels on {checkpoint.data}: {len(rows)} training and "
-           f"{len(test)} test images")
+    print0(f"{net.name} at {size} pixels on {data_set}: {len(rows)} training and {len(test)} "
+           "test images")
 
     train_x, train_y = extract(net, train, size, rows)
     test_x, test_y = extract(net, test, size)
@@ -473,18 +451,16 @@ def main(argv=None):
             print(f"{name:<18}" + "".join(f"{value:>12.2f}" for value in measures.values()))
         out.mkdir(parents=True, exist_ok=True)
         weights = net.to("cpu", memory_format=torch.contiguous_format).state_dict()
-        last = models.last_linear(checkpoint.arch)
+        last = models.last_linear(values["arch"])
         weights |= {f"{last}.weight": weight.cpu(), f"{last}.bias": bias.cpu()}
         save(out / "classifier.pt", weights)
         percents = accuracy_of_classes(scores, test_y).tolist()  # nan without a test image
         per_class = {name: p for name, p in zip(train.classes, percents) if not math.isnan(p)}
-        used = {key: getattr(checkpoint, key) for key in FLAGS} | dict(size=size)
-        result = vars(args) | used | dict(classes=train.classes, table=table, per_class=per_class)
+        result = vars(args) | values | dict(size=size, classes=train.classes, table=table,
+                                            per_class=per_class)
         save(out / "result.json", json.dumps(result, indent=1))
         print(f"\nIn {out}: result.json; classifier.pt, the network and its linear classifier with "
               "torchvision's names")
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return table
 
 if __name__ == "__main__":

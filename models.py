@@ -34,9 +34,9 @@ def conv_bn(cin, cout, kernel, stride=1, groups=1, act=None, eps=1e-5):
     return nn.Sequential(*layers)
 
 def shortcut_conv(cin, cout, stride):
-    """The 1x1 convolution on a ResNet's shortcut if the block changes the shape, else None."""
+    """The 1x1 convolution on a ResNet's shortcut, if the block changes the shape."""
     if stride == 1 and cin == cout:
-        return None
+        return nn.Identity()
     return conv_bn(cin, cout, 1, stride)
 
 class BasicBlock(nn.Module):
@@ -52,10 +52,9 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut_conv(cin, width, stride)
 
     def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
         y = self.bn1(self.conv1(x)).relu_()
         y = self.bn2(self.conv2(y))
-        return y.add_(shortcut).relu_()
+        return y.add_(self.downsample(x)).relu_()
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions around a shortcut: ResNet-50, with its stride on the 3x3."""
@@ -73,11 +72,10 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut_conv(cin, cout, stride)
 
     def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
         y = self.bn1(self.conv1(x)).relu_()
         y = self.bn2(self.conv2(y)).relu_()
         y = self.bn3(self.conv3(y))
-        return y.add_(shortcut).relu_()
+        return y.add_(self.downsample(x)).relu_()
 
 class SqueezeExcitation(nn.Module):
     """Scale each channel by a gate computed from all channels' means (Hu et al. 2018)."""
@@ -257,14 +255,11 @@ def initialize(module):
     embeddings start alike, and hundreds of steps are needed to tell them apart.
     """
     for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out")
-        elif isinstance(layer, nn.Linear):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_in")
-        else:
-            continue
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            mode = "fan_out" if isinstance(layer, nn.Conv2d) else "fan_in"
+            nn.init.kaiming_normal_(layer.weight, mode=mode)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return module
 
 def start_as_identity(net):
@@ -319,23 +314,11 @@ def last_linear(arch):
 #     (0, 0)    (0, 1)    (1, 0)    (1, 1)
 
 def speed_up_small_maps(net):
-    """Give the convolutions of `net` the classes below, where these compute the same: square odd
-    kernels, "same" zero padding, no dilation, dense or depthwise without a bias. Weights and names
-    stay."""
+    """Give the convolutions of a network of this file the classes below. They compute the same:
+    here all kernels are square and odd, with "same" padding, and depthwise ones have no bias."""
     for layer in net.modules():
-        if type(layer) is not nn.Conv2d:  # also skips what is swapped already
-            continue
-        k = layer.kernel_size[0]
-        shape = (layer.kernel_size, layer.padding, layer.dilation, layer.padding_mode)
-        if k % 2 == 0 or shape != ((k, k), (k // 2, k // 2), (1, 1), "zeros"):
-            continue
-        if layer.stride[0] != layer.stride[1]:
-            continue
-        if layer.groups == 1:
-            layer.__class__ = DenseOfSmallMaps
-        elif layer.groups == layer.in_channels == layer.out_channels and layer.bias is None:
-            layer.__class__ = DepthwiseOfSmallMaps
-    return net
+        if isinstance(layer, nn.Conv2d):
+            layer.__class__ = DenseOfSmallMaps if layer.groups == 1 else DepthwiseOfSmallMaps
 
 class DenseOfSmallMaps(nn.Conv2d):
     """A 1x1 map, or a 2x2 map under a 3x3 kernel, is one matrix product with the taps it meets."""

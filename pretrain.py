@@ -39,6 +39,7 @@ import gc
 import json
 import math
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import models
-from data import (InputError, Progress, fraction, gather, init_device, load_file, locked,
+from data import (InputError, fraction, gather, init_device, load_file, locked,
                   mean_over_processes, move_to_device, positive, print0, rank_world, run, save,
                   share_buffers, to_device)
 from linear_eval import Pixels, found, judge, read_checkpoint, to_evaluate
@@ -272,8 +273,6 @@ def main(argv=None):
         lock = locked(out / "lock", wait=False)
     with lock:
         moco = pretrain(args, out, is_resumed, start, train, test, device)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     return moco
 
 def pretrain(args, out, is_resumed, start, train, test, device):
@@ -321,7 +320,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
     if device.type == "cuda" and not dist.is_initialized() and dtype != torch.float16:
         take_step = Recorded(take_step)  # a step in float16 must ask whether it has overflowed
     minutes = log[-1]["minutes"] if log else 0.0  # trained before
-    progress = Progress(args.steps, first)
+    started = said = time.monotonic()
     epoch_length = epoch_steps(args, len(train))
     sums = torch.zeros(2, device=device)  # of loss and accuracy in this epoch
     for step in range(first, args.steps):
@@ -331,10 +330,11 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         epoch, i = divmod(step, epoch_length)
         run_ends = step + 1 == args.steps
         epoch_ends = run_ends or i + 1 == epoch_length
-        if not (epoch_ends or progress.due()):
+        if not epoch_ends and time.monotonic() - said < 20:
             continue  # reading the loss, as below, makes Python wait for the device
         loss, accuracy = (sums / (i + 1)).tolist()
-        seconds = time.monotonic() - progress.started
+        said = time.monotonic()
+        seconds = said - started
         entry = dict(epoch=epoch + 1, step=step + 1, minutes=minutes + seconds / 60, loss=loss,
                      instance_accuracy=100 * accuracy, hardness=moco.hardness.item(),
                      lr=optimizer.param_groups[0]["lr"].item(),
@@ -349,7 +349,8 @@ def pretrain(args, out, is_resumed, start, train, test, device):
             sums.zero_()
             if run_ends or (epoch + 1) % max(1, args.epochs // 50) == 0:
                 save_run(out, moco, optimizer, scaler, step + 1, log)
-        print0(progress.line(step + 1, in_words(entry)))
+        left = timedelta(seconds=int(seconds / (step + 1 - first) * (args.steps - step - 1)))
+        print0(f"{in_words(entry)}  {left} left")
 
     report(out, moco.encoder_q.backbone, untrained, train, test, args)
     return moco
@@ -531,12 +532,11 @@ def save_views(images, args, path):
     batch = load_batch(images, args, step=0)
     # the same images in both rows; the second views are as random as in training, but others
     batch |= dict(key_pixels=batch["query_pixels"], key_shapes=batch["query_shapes"])
-    rows = [data.center(batch["query_pixels"], args.size, batch["query_shapes"])]
-    rows += make_views(batch, args, hardness=0)
-    views = torch.cat([row[:8].cpu() for row in rows])
-    views = views * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
-    views = F.interpolate(views, scale_factor=max(1, 96 // args.size))
-    save_image(views, path, nrow=len(rows[0][:8]), padding=0)
+    originals = data.center(batch["query_pixels"], args.size, batch["query_shapes"])
+    rows = torch.stack([originals, *make_views(batch, args, hardness=0)])[:, :8].cpu()
+    views = rows * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
+    views = F.interpolate(views.flatten(0, 1), scale_factor=max(1, 96 // args.size))
+    save_image(views, path, nrow=rows.shape[1], padding=0)
 
 def save_run(out, moco, optimizer, scaler, step, log):
     """backbone.pt: the network; log.jsonl: an object an epoch; last.pt: all that --resume needs.
@@ -556,10 +556,9 @@ def restore(path, moco, optimizer, scaler):
     last = load_file(path)
     try:
         moco.load_state_dict(last["model"])
-        for saved, own in zip(last["optimizer"]["param_groups"], optimizer.param_groups):
-            # a recorded step reads the rate on this device
-            saved.update(lr=own["lr"], fused=own["fused"])
-        optimizer.load_state_dict(last["optimizer"])  # raises an error if of other weights
+        # the flags are the same, and a recorded step reads the rates on this device
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(last["optimizer"] | dict(param_groups=groups))
         if last["scaler"]:  # empty, if the run had no float16 before
             scaler.load_state_dict(last["scaler"])
         step, log = int(last["step"]), list(last["log"])

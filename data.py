@@ -483,14 +483,14 @@ def decode_files(paths, side, file):
     with writing(file) as output, ThreadPool(min(16, os.cpu_count())) as pool:
         output.write(shapes)  # zeros, in the place of what is known at the end
         for first in range(0, len(paths), 256):  # at most 256 decoded images are in memory
+            if first % 2560 == 0:
+                print(f"decoding {first:,}/{len(paths):,} images", flush=True)
             images = pool.map(partial(decode, side=side), paths[first:first + 256])
             for row, image in enumerate(images, first):
                 if image is not None:
                     pixels, height, width = image
                     shapes[row] = height, width
                     output.write(pixels.tobytes())
-            if first % 5120 == 0:
-                print(f"decoding {first:,}/{len(paths):,} images", flush=True)
         if not shapes.any():
             raise InputError(f"--data: none of {len(paths):,} is readable, such as {paths[0]}")
         output.seek(0)

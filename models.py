@@ -34,7 +34,7 @@ def conv_bn(cin, cout, kernel, stride=1, groups=1, act=None, eps=1e-5):
     return nn.Sequential(*layers)
 
 def shortcut_conv(cin, cout, stride):
-    """The 1x1 convolution on a ResNet's shortcut, if the block changes the shape."""
+    """What is on a ResNet's shortcut: a 1x1 convolution if the block changes the shape."""
     if stride == 1 and cin == cout:
         return nn.Identity()
     return conv_bn(cin, cout, 1, stride)

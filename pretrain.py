@@ -29,7 +29,8 @@ notebook, or from both.
   sigma shrinks with the view.
 - The images of a folder are stored, by default, at most 1.5 times as large as a view, and crops are
   cut from these.
-- Where they are not typed, batch, momentum, queue and BatchNorm splits follow rules of this file.
+- Where they are not typed, batch, momentum, queue, BatchNorm splits and stem follow rules of this
+  file.
 - The whole center square of an image is evaluated, without the margin that is usual at 224 pixels.
 """
 import argparse
@@ -272,8 +273,7 @@ def main(argv=None):
     if rank_world()[0] == 0:  # two runs in one folder would overwrite each other
         lock = locked(out / "lock", wait=False)
     with lock:
-        moco = pretrain(args, out, is_resumed, start, train, test, device)
-    return moco
+        return pretrain(args, out, is_resumed, start, train, test, device)
 
 def pretrain(args, out, is_resumed, start, train, test, device):
     """Train, save, report -> the trained MoCo. All flags in `args` have values; `start` is the
@@ -333,8 +333,7 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         if not epoch_ends and time.monotonic() - said < 20:
             continue  # reading the loss, as below, makes Python wait for the device
         loss, accuracy = (sums / (i + 1)).tolist()
-        said = time.monotonic()
-        seconds = said - started
+        seconds = time.monotonic() - started
         entry = dict(epoch=epoch + 1, step=step + 1, minutes=minutes + seconds / 60, loss=loss,
                      instance_accuracy=100 * accuracy, hardness=moco.hardness.item(),
                      lr=optimizer.param_groups[0]["lr"].item(),
@@ -349,8 +348,9 @@ def pretrain(args, out, is_resumed, start, train, test, device):
             sums.zero_()
             if run_ends or (epoch + 1) % max(1, args.epochs // 50) == 0:
                 save_run(out, moco, optimizer, scaler, step + 1, log)
-        left = timedelta(seconds=int(seconds / (step + 1 - first) * (args.steps - step - 1)))
-        print0(f"{in_words(entry)}  {left} left")
+        said = time.monotonic()
+        left = (said - started) / (step + 1 - first) * (args.steps - step - 1)
+        print0(f"{in_words(entry)}  {timedelta(seconds=int(left))} left")
 
     report(out, moco.encoder_q.backbone, untrained, train, test, args)
     return moco
@@ -556,9 +556,10 @@ def restore(path, moco, optimizer, scaler):
     last = load_file(path)
     try:
         moco.load_state_dict(last["model"])
-        # the flags are the same, and a recorded step reads the rates on this device
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(last["optimizer"] | dict(param_groups=groups))
+        for saved, own in zip(last["optimizer"]["param_groups"], optimizer.param_groups):
+            # a recorded step reads the rate on this device
+            saved.update(lr=own["lr"], fused=own["fused"])
+        optimizer.load_state_dict(last["optimizer"])  # raises an error if of other weights
         if last["scaler"]:  # empty, if the run had no float16 before
             scaler.load_state_dict(last["scaler"])
         step, log = int(last["step"]), list(last["log"])
@@ -596,7 +597,7 @@ def stop_if_diverged(loss, moco, step, args):
 #   1. the command line
 #   2. args.json, if a run goes on
 #   3. the recipe, if it has a value for the flag
-#   4. the recipe, if it has a rule: one of the functions pick_...
+#   4. the recipe, if it has a rule: one of the functions pick_... (But --init brings its stem.)
 # `parse` does 1 to 3 and leaves None where a rule has to decide. When the images are known,
 # `apply_rules` does 4, in the order of FLAGS: a rule may use the flags above its own and the number
 # n of images. (Only pick_epochs looks below, at --steps if it was typed.) --help shows the
@@ -625,7 +626,7 @@ def pick_steps(args, n):
 def pick_stem(args, n):
     """small if the run shows about a million images, in views below 64 pixels, else imagenet"""
     # Its maps are larger, so a step of a MobileNet takes two to three times as long, which pays in
-    # long runs. An epoch drops its last incomplete batch, so a million images may be 900,000.
+    # long runs. An epoch drops its last incomplete batch, so a million images may be fewer.
     return "small" if args.steps * args.batch > 900_000 and args.size < 64 else "imagenet"
 
 def pick_quick_lr(args, n):
@@ -644,7 +645,7 @@ def pick_lr(args, n):
 
 def pick_warmup(args, n):
     """a twentieth of the run; none in runs of up to 5,000 steps"""
-    # it helps 40 epochs of CIFAR-10, and costs in 16: see assets/results.md
+    # it helps 40 epochs of CIFAR-10, but not 16: see assets/results.md
     return round(args.steps / epoch_steps(args, n) / 20, 4) if args.steps > 5000 else 0.0
 
 def pick_crop(args, n):

@@ -792,6 +792,8 @@ def test_open_flags_follow_the_number_of_images():
         assert picked.items() <= vars(filled(n)).items()
     for n, epochs, queue in ((400, "9", 128), (5000, "999", 256), (50_000, "40", 2048)):
         assert filled(n, "--recipe", "moco-v2", "--epochs", epochs).queue == queue
+    assert filled(50_000, "--recipe", "moco-v2").stem == "small"
+    assert filled(50_000, "--epochs", "40").warmup == 2
     assert filled(50_000, "--size", "64").stem == "imagenet"
     assert filled(1_000_000, "--steps", "100").stem == "imagenet"
     with pytest.raises(InputError, match="--steps.*--epochs"):
@@ -1301,10 +1303,10 @@ def test_an_analysis_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     make_folder(Path("images/train"), per=12)
     make_folder(Path("images/test"), per=5, seed=7)
     entries = [dict(minutes=e, loss=5 / e, instance_accuracy=9.0 * e, knn=20 + e) for e in (1, 2)]
-    for name, size in (("run", 32), ("other", 48)):
+    for name, size, images in (("run", 32, "images"), ("other", 48, "not used")):
         Path(name).mkdir()
         torch.save(Tiny().state_dict(), f"{name}/backbone.pt")
-        known = dict(arch="mobilenetv3_small", size=size, data="images")
+        known = dict(arch="mobilenetv3_small", size=size, data=images)
         Path(f"{name}/args.json").write_text(json.dumps(known))
         Path(f"{name}/log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
     names = ["run", "other", "random", "pixels"]
@@ -1313,7 +1315,7 @@ def test_an_analysis_end_to_end(tiny, tmp_path, monkeypatch, capsys):
     assert list(json.loads(Path("run/analysis/analysis.json").read_text())) == names
     for r in results.values():
         assert r["images"] == 15 and r["held-out"].keys() == analyze.ROWS.keys()
-    assert "other: mobilenetv3_small at 48 pixels" in printed
+    assert "other: mobilenetv3_small at 48 pixels on images" in printed
     for name in ("map", "similarity", "curves"):
         image = Image.open(f"run/analysis/{name}.png").convert("RGB")
         assert np.asarray(image).std() > 5, name

@@ -131,11 +131,12 @@ def table(results):
             lines.append(f"| {text} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
-# Network a over-clusters compared with b if b - a exceeds each of these (of uniformity: is below).
-# They are two standard deviations of a difference of two networks; of intra-class alignment one,
-# since its differences are small. Over the choice of 500 images of 10 classes of Tiny ImageNet,
-# such a difference has a deviation of 0.017 (intra-class alignment) and 0.035 (uniformity), that of
-# two accuracies near 50 %, each on 10,000 images, 0.7 points.
+# Network a over-clusters compared with b if all four differences b - a are beyond these margins: a
+# is tighter (intra-class alignment of b is larger), less spread (uniformity of b is lower) and less
+# accurate. By chance alone, such a difference has a standard deviation of 0.017 (intra-class
+# alignment) or 0.035 (uniformity) over the choice of 500 images of 10 classes of Tiny ImageNet, and
+# of 0.7 points for accuracies near 50 % on 10,000 images. A margin is two of these deviations, but
+# for intra-class alignment, whose differences are small, it is one.
 MARGINS = dict(intra=0.017, uniformity=-0.07, nn_normalized=1.5, linear=1.5)
 
 def diagnosis(results):
@@ -149,6 +150,7 @@ def diagnosis(results):
     sentences = []
     for (name, a), (other, b) in permutations(held.items(), 2):
         more = {key: b[key] - a[key] for key in MARGINS}
+        # dividing by the margin turns the sign of uniformity
         if all(more[key] / margin > 1 for key, margin in MARGINS.items()):
             sentences.append(f"{name} over-clusters compared with {other}: its space is tighter "
                              "and less spread, yet best-NN is "
@@ -219,7 +221,7 @@ def draw_panel(title, x_name, lines, low, high, shade=()):
     scale = SIDE / span * (1, -1)  # y grows downwards in a picture
     draw.text((100, 20), title[-50:], "black", LARGE)
     draw.text((100 + SIDE / 2, SIDE + 176), x_name, "black", SMALL, "mt")
-    if len(shade) > 0:
+    if shade:
         draw.polygon((start + scale * np.subtract(shade, low)).flatten().tolist(), "#BFE5D9")
     for part in (0, 0.25, 0.5, 0.75, 1):
         x, y = start + part * scale * span
@@ -243,7 +245,7 @@ def draw_similarity(samples, path, most=5):
         shade = []
         for kind, values in kinds.items():
             n = max(1, len(values))
-            count, edges = np.histogram(values, 40, (-1, 1))
+            count, edges = np.histogram(values, 40, (-1, 1))  # 40 bins of 0.05: 20 of them are 1
             points = np.stack([edges[:-1] + 0.025, (20 * count / n).clip(max=most)], 1)
             if kind == "other class":
                 kind += f": {100 * (values > 0.5).sum() / n:.0f} % above 0.5"
@@ -263,8 +265,7 @@ def draw_curves(logs, path):
     for key, title in TITLES.items():
         lines = {}
         for name, log in logs.items():
-            points = [(entry["minutes"], entry[key]) for entry in log
-                      if entry.keys() >= {"minutes", key}]
+            points = [(entry["minutes"], entry[key]) for entry in log if key in entry]
             if points:
                 lines[name] = np.array(points)
         if lines:
@@ -282,8 +283,8 @@ def draw_curves(logs, path):
 VIEWS = 6  # of each image, for similarity.png; the measures use the first two
 
 def look(net, train, held, size, args):
-    """{split: measures} of a network, and a sample of held-out images (without labels, of training
-    images) for the pictures.
+    """Measures {"images": n, split: {name: value}} of a network, and a sample of held-out images
+    (without labels, of training images) for the pictures.
 
     The sample is a tuple: the Images; the N rows of them; their labels (N,); features of length one
     of the images (N, D) and of random views of each (VIEWS, N, D). Views are MoCo v2's, whatever
@@ -293,7 +294,7 @@ def look(net, train, held, size, args):
     if held is not None:
         splits["held-out"] = held
     rows = {split: sample_rows(images, args) for split, images in splits.items()}
-    n = min(map(len, rows.values()))  # of each split, as an image is found more easily among few
+    n = min(map(len, rows.values()))  # as many of each split: it is easier to be found among few
     if n < 2:
         raise InputError("--data: fewer than two images to compare; add some")
     measures = {"images": n}
@@ -333,7 +334,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = init_device(args.device)
 
-    # the first network says which images; random and pixels come last and take its size
+    # The first network decides on the images. Where nothing else is known of the others, they take
+    # its arch, stem and size. random and pixels come last, as False sorts before True.
     opened = []
     defaults = DEFAULTS
     for name in sorted(dict.fromkeys(args.checkpoint), key=UNTRAINED.__contains__):

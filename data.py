@@ -40,7 +40,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 # ImageNet's mean and deviation, as in torchvision, so that torchvision's weights fit
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]  # of RGB
+YIQ = [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]]  # from RGB
 
 # The uniform random numbers of a view are a row of 32 columns. The first twenty are for ten
 # attempts at a crop, eleven more have the names below, and the last column is not used.
@@ -64,8 +64,8 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
 
     All but the clipping to black and white is linear: one matrix acts on the rows of an image, one
     on its columns, one on its colors. Blur is part of the first two, so it comes before the
-    clipping. crop, jitter, hue and gray may also be tensors of one number on the device: during
-    pretraining they change from step to step.
+    clipping. jitter, hue, gray and the numbers in crop may also be tensors of one number on the
+    device: during pretraining they change from step to step.
     """
     n, _, side, _ = images.shape
     if shapes is None:
@@ -90,12 +90,15 @@ def augment(images, u, size, crop=(0.2, 1.0), jitter=0.4, hue=0.1, gray=0.2, blu
     mean, std, _, _ = constants(x.device)
     shift = on_mean @ x.mean(2, keepdim=True) / 255 - mean
     x = torch.baddbmm(shift / std, on_pixel / (255 * std), x)
-    x = x.clamp_(-mean / std, (1 - mean) / std)  # black and white
+    x = x.clamp_(-mean / std, (1 - mean) / std)  # clip to black and white
     return x.view(n, 3, size, size).contiguous(memory_format=layout(x.device))
 
 def center(images, size, shapes):
-    """Views (n, 3, size, size) for evaluation of images (n, 3, S, S) uint8 that had the heights and
-    widths shapes (n, 2): the largest center squares."""
+    """The largest center square of each image, resized: views (n, 3, size, size) for evaluation.
+
+    images (n, 3, S, S) are uint8. shapes (n, 2) are the heights and widths that they had before
+    they were stored as squares.
+    """
     shortest = shapes.amin(1, keepdim=True).expand_as(shapes)
     box = torch.cat([(shapes - shortest) / 2, shortest], 1)
     mean, std, _, _ = constants(images.device)
@@ -142,8 +145,8 @@ def cut(images, box, shapes, size, flip=None, sigma=None):
     flip and sigma see `resampling`.
     """
     side = images.shape[-1]
-    stored = side / shapes  # stored pixels per original pixel: of heights, of widths
-    top, left, height, width = (box * stored.repeat(1, 2)).T
+    scale = side / shapes  # stored pixels per original pixel, along the height and the width
+    top, left, height, width = (box * scale.repeat(1, 2)).T
     down = resampling(top, height, side, size, None, sigma)
     across = resampling(left, width, side, size, flip, sigma)
     x = torch.einsum("nyi,ncij->nycj", down, images.float())  # (n, size, 3, S)
@@ -233,7 +236,8 @@ def seeded(*key):
 
 @dataclass
 class Images:
-    """A set of images, each stored whole as a square, whatever its aspect ratio was."""
+    """A set of images, each stretched to a square of S pixels, with nothing cut off. `shapes` has
+    the original heights and widths, so that crops have the right aspect ratio."""
     pixels: torch.Tensor  # (N, 3, S, S) uint8: on the device, in memory, or mapped from a file
     shapes: torch.Tensor  # (N, 2) float32: the heights and widths that the images had
     labels: torch.Tensor  # (N,) int64, -1 where unknown
@@ -303,8 +307,9 @@ def letters(n, seed, size=32):
     numbers = 2 * torch.rand(6, n, generator=seeded("letters", seed)) - 1
     pictures = []
     for label, (turn, shear, zoom, x, y, light) in zip(labels, numbers.T.tolist()):
-        # Pixel (column, row) of the picture shows the glyph at (a column + b row + c, d column + e
-        # row + f): that is a turn by 22 degrees at most, divided by the zoom, after a shear.
+        # Pixel (column, row) of the new picture is read from the glyph's picture at (a column + b
+        # row + c, d column + e row + f): a shear, then a turn by 22 degrees at most, divided by the
+        # zoom. c and f keep the middle in place, but for the move by x and y.
         angle = math.radians(22 * turn)
         scale = 0.775 + 0.225 * zoom
         a = math.cos(angle) / scale
@@ -357,8 +362,9 @@ def load_folder(folder, root, size, device):
     test/ does not count.
 
     A `size` of None is the median of the images' shorter sides, rounded down to a multiple of 32,
-    within 32..224, or on a CPU within 32..64. Images are stored at that median, within 1..1.5 times
-    the size: at 1.5 times few crops have to be enlarged.
+    within 32..224, or on a CPU within 32..64. Images are stored as squares whose side is that
+    median, but at least `size` and at most 1.5 times `size`: at 1.5 times few crops have to be
+    enlarged.
     """
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder; or letters, cifar10, cifar100, stl10")
@@ -421,8 +427,8 @@ def first_folder(name):
 
 def hold_out(names):
     """Those of the sorted names CLASS/* that are held out: of each class a tenth, but at least one
-    image, and not the only one. A hash of the names picks them, so that one more file changes the
-    side of at most one other."""
+    image, and not the only one. A hash of the names picks them. So a new file moves at most one
+    other image from training to held-out, or back."""
     held = []
     for _, members in groupby(names, first_folder):
         members = sorted(members, key=lambda name: zlib.crc32(os.fsencode(name)))
@@ -431,7 +437,8 @@ def hold_out(names):
     return sorted(held)
 
 def median_side(paths):
-    """The median of the images' shorter sides, from the headers of 200 to 400 of them."""
+    """The median of the images' shorter sides, from the headers of 399 of them at most; 32 if none
+    can be read."""
     sides = []
     for path in paths[::max(1, len(paths) // 200)]:
         try:
@@ -539,7 +546,7 @@ def as_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-# ---------------------------------- 4. what all scripts share: device, processes, files, flags, end
+# -------------------------------- 4. what all scripts share: errors, flags, device, processes, files
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and how to fix it."""
@@ -580,7 +587,8 @@ def init_device(name):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        if torch.cuda.is_available():
+            name = "cuda"
     if name == "cuda":  # each process has its own; touching the first one would take memory there
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
@@ -688,7 +696,8 @@ def save(path, content):
             torch.save(content, file)
 
 def load_file(path):
-    """torch.load onto the CPU, which never runs code from the file; InputError if unreadable."""
+    """What torch.load reads from a file, onto the CPU and without running code that is in the file.
+    Raises InputError if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):

@@ -45,7 +45,7 @@ def extract(net, images, size, rows=None, u=None, **augmentation):
         rows = torch.arange(len(images))
     # All parts have n rows: the last ones are filled up with the first rows.
     n = math.ceil(len(rows) / world)
-    part = torch.arange(rank * n, (rank + 1) * n) % len(rows)
+    part = (rank * n + torch.arange(n)) % len(rows)
     features = []
     for block in part.split(256):
         pixels, shapes = images.get(rows[block])
@@ -80,7 +80,8 @@ def unit(x):
 def neighbours(train_x, test_x, k):
     """The k rows of train_x (N, D) that are nearest to each row of test_x (n, D).
 
-    -> squared distances (n, k), nearest first, and the numbers (n, k) of these rows.
+    -> squared distances (n, k), nearest first, and the numbers (n, k) of these rows. If train_x has
+    fewer than k rows, k is their number.
     """
     # |x - t|^2 = |x|^2 - 2 (x.t - |t|^2 / 2): the larger x.t - |t|^2 / 2, the nearer is t to x.
     half_squares = train_x.square().sum(1) / 2
@@ -92,14 +93,14 @@ def neighbours(train_x, test_x, k):
         numbers.append(near)
     return torch.cat(distances), torch.cat(numbers)
 
-def vote(distances, labels, classes, temperature=0.1):
+def vote(squares, labels, classes, temperature=0.1):
     """Weighted kNN (Wu et al. 2018, section 3.4): each neighbour votes for its label with the
-    weight exp(cosine similarity / temperature).
+    weight exp(cosine similarity / temperature). -> scores (n, classes).
 
-    The squared distances (n, k) and labels (n, k) are those of neighbours. Features have length
-    one, so that the cosine similarity is 1 - distance / 2. -> scores (n, classes).
+    `squares` (n, k) are the squared distances d^2 of the neighbours, `labels` (n, k) their labels.
+    Features have length one, so the cosine similarity is 1 - d^2 / 2.
     """
-    weights = ((1 - distances / 2) / temperature).exp()
+    weights = ((1 - squares / 2) / temperature).exp()
     scores = torch.zeros(len(labels), classes, device=labels.device)
     return scores.scatter_add_(1, labels, weights)
 
@@ -112,7 +113,7 @@ def knn(train_x, train_y, test_x, test_y, k=200):
 # ------------------------------------------------------------------------------ 3. the linear probe
 
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
-STEPS = 30  # of L-BFGS at most: on four sets of features, converged fits picked the same penalty
+STEPS = 30  # of L-BFGS at most; on four sets of features, more steps picked the same penalty
 
 def linear_probe(x, y, classes):
     """The best linear classifier of features x (N, D) with labels y (N,): its weight (classes, D)
@@ -127,7 +128,7 @@ def linear_probe(x, y, classes):
     mean, std = mean_and_std(x)
     z = F.pad((x - mean) / std, (0, 1), value=1)  # a last column of ones, for the bias
     covariance = (z.T @ z / len(z)).cpu().double()
-    is_held = held_out(y)
+    is_held = every_fifth(y)
 
     def held_out_accuracy(penalty):
         W = fit(z[~is_held], y[~is_held], classes, penalty, covariance)
@@ -140,17 +141,18 @@ def linear_probe(x, y, classes):
     return weight, W[-1] - weight @ mean
 
 def fit(z, y, classes, penalty, covariance):
-    """W (D, classes) that minimizes the mean cross-entropy of z @ W with labels y (N,), plus
-    penalty / 2 times the sum of the squares of W, by L-BFGS. The last of the D columns of z (N, D)
-    are ones.
+    """W (D + 1, classes) that minimizes the mean cross-entropy of z @ W with labels y (N,), plus
+    penalty / 2 times the sum of the squares of W. z (N, D + 1) holds D features and a column of
+    ones.
 
-    The covariance (D, D) of the features decides how fast this converges, not what it finds. With
-    it, W is written as the solution of L^T W = U, where L L^T is an upper bound on the curvature:
-    half of the covariance (Boehning 1992) plus the penalty. So no direction of U has a curvature
-    above about 1. On 10,000 images of CIFAR-10 with 1,024 features, at a penalty of 0.001, 30 steps
-    in U reach a loss for which W itself needs 100 to 200.
+    L-BFGS needs few steps if the loss curves about equally in all directions. So it does not search
+    for W, but for U = L^T W. L L^T is an upper bound on the curvature of the loss: half of z's
+    `covariance` (D + 1, D + 1) (Boehning 1992) plus the penalty. Then no direction of U has a
+    curvature above about 1. This changes how fast W is found, not which W. On 10,000 images of
+    CIFAR-10 with 1,024 features, at a penalty of 0.001, 30 steps in U reach a loss for which W
+    itself needs 100 to 200.
     """
-    # At least 0.001: rounding in the covariance must not make the bound indefinite.
+    # At least 0.001: else rounding in the covariance could leave the bound without a factor L.
     bound = covariance / 2 + max(penalty, 1e-3) * torch.eye(len(covariance))
     upper = torch.linalg.cholesky(bound, upper=True).float().to(z.device)  # L^T
     U = torch.zeros(z.shape[1], classes, device=z.device, requires_grad=True)
@@ -177,8 +179,8 @@ def mean_and_std(x):
     least = 1e-6 * torch.maximum(std.max(), mean.abs()) + 1e-30
     return mean, std.maximum(least)
 
-def held_out(y):
-    """A mask (N,) of every fifth image. They are counted class by class, so each has its share."""
+def every_fifth(y):
+    """A mask (N,), true for every fifth image, counted class after class: each has its share."""
     mask = torch.zeros_like(y, dtype=torch.bool)
     mask[y.argsort(stable=True)[4::5]] = True
     return mask
@@ -206,20 +208,22 @@ def judge(network, train, test, size, with_probe=False):
     return measures
 
 def found(network, images, size, **augmentation):
-    """Of up to 2,000 of the images, the share in % whose second view is nearer to their first view
-    than to the first views of all others. `augmentation` are data.augment's settings."""
+    """The share in % of images, of up to 2,000, whose second view is nearer to their own first view
+    than to the first view of any other. `augmentation` are data.augment's settings."""
     rows = torch.randperm(len(images), generator=seeded("apart"))[:2000]
     views = torch.rand(2, len(rows), data.COLUMNS, generator=seeded("views"))
     a, b = [extract(network, images, size, rows, u, **augmentation)[0] for u in views]
     return instance_discrimination(b, a, a)[0].item()
 
-def instance_discrimination(query, own, others, top=5):
-    """acc@1..`top` in % (top,): is a query's own vector among the j nearest of it and all `others`?
+def instance_discrimination(query, own, others):
+    """acc@1 to acc@5 in % (5,). acc@j is the share of queries whose own vector is among the j
+    nearest vectors, if this own vector and all `others` but one are compared.
 
-    All are (N, D). Row i belongs to image i, and row i of `others` is not compared with query i.
-    With originals o and two views a and b, (o, a, o) is mode o-a of Shi et al. 2022, section 3, and
-    (b, a, a) is mode a-b, whose query is b. Similarity is the cosine. A tie counts against the
-    query, so that a collapsed space has 0 %, not 100 %.
+    query, own and others are (N, D). Row i of each belongs to image i, and row i of `others` is the
+    one that query i leaves out. With originals o and two views a and b of each image, Shi et al.
+    2022, section 3, have two modes: o-a is (query, own, others) = (o, a, o), and a-b is (b, a, a).
+    Similarity is the cosine. A tie counts against the query, so that a collapsed space has 0 %, not
+    100 %.
     """
     q, p, r = unit(query), unit(own), unit(others)
     similarity_to_own = (q * p).sum(1) - 1e-5  # rounding must not decide a tie
@@ -229,7 +233,7 @@ def instance_discrimination(query, own, others, top=5):
         similarity.diagonal(i).fill_(-2)  # the image itself
         nearer.append((similarity >= similarity_to_own[i:i + 1000, None]).sum(1))
     nearer = torch.cat(nearer)
-    return torch.stack([100 * (nearer < j).float().mean() for j in range(1, top + 1)])
+    return torch.stack([100 * (nearer < j).float().mean() for j in range(1, 6)])
 
 # -------------------------------------------------------------------------------------- 5. results
 
@@ -281,8 +285,9 @@ def folder_of_results(args, data_set):
 # ---------------------------------------------------------------------------------- 6. checkpoints
 
 UNTRAINED = ("random", "pixels")
-# Flags that the args.json of a run answers, too, and their values where nothing else is known. For
-# a size of None, data.load picks one.
+# Flags whose values may also come from the checkpoint (its args.json or result.json), and the
+# values they have if neither the user nor the checkpoint gives one. For a size of None, data.load
+# picks one.
 DEFAULTS = dict(arch="mobilenetv3", stem="imagenet", size=None, data="letters")
 
 def read_checkpoint(path, arch=None, stem=None):
@@ -344,20 +349,21 @@ def read_state(path):
     return tensors, known
 
 def weights_of(state, arch, names):
-    """{name: tensor} of the backbone in a checkpoint, without heads and other networks. `names` are
-    those of all its tensors.
+    """{name: tensor} of the backbone in a checkpoint's `state`, without heads and other networks.
+    `names` are the names of the backbone's own tensors, in order.
 
-    A checkpoint may have a prefix before these names: nothing in torchvision's, `module.encoder_q.`
-    in MoCo's, `encoder_q.backbone.` in last.pt. It is found by the name of the first tensor. Names
-    of deeper layers may end with that name, too: the shortest prefix is the right one.
+    In the checkpoint, a prefix may stand before each name: none in torchvision's,
+    `module.encoder_q.` in MoCo's, `encoder_q.backbone.` in last.pt. It is found by the first name,
+    conv1.weight in a ResNet. layer1.0.conv1.weight ends with it, too, so the shortest prefix is the
+    right one. Key encoders and teachers (SEED) are left out.
     """
     prefixes = [name.removesuffix(names[0]) for name in state if name.endswith(names[0])
                 and "encoder_k." not in name and "teacher." not in name]
     prefix = min(prefixes, key=len, default="")
     parts = tuple({prefix + name.split(".")[0] + "." for name in names})  # features., classifier.
-    classifier = prefix + models.last_linear(arch) + "."
+    last = prefix + models.last_linear(arch) + "."
     return {name.removeprefix(prefix): tensor for name, tensor in state.items()
-            if name.startswith(parts) and not name.startswith(classifier)}
+            if name.startswith(parts) and not name.startswith(last)}
 
 def open_checkpoint(name, args, defaults=DEFAULTS):
     """The network called `name`, and for it the values of the flags in `defaults`, {flag: value}:
@@ -384,8 +390,9 @@ def to_evaluate(net, device):
 # -------------------------------------------------------------------------------- 7. labels, flags
 
 def labelled_subset(labels, wanted, seed):
-    """Random rows (n,) of the labelled images: of each class a share (`wanted` "0.01"; "1.0" is
-    all), at least one image, or a number of images (`wanted` "25")."""
+    """Random rows (n,) of the labelled images, sorted. `wanted` is a text: with a point, the share
+    to take of each class ("0.01"; "1.0" is all), but at least one image; without, the number to
+    take of each class ("25"). Raises InputError for any other text."""
     try:
         amount = fraction(wanted) if "." in wanted else positive(wanted)
     except argparse.ArgumentTypeError as error:
@@ -405,7 +412,7 @@ def add_common_flags(parser):
                        "letters]")
     add("--root", default="data", help="folder of downloaded and decoded data sets [data]")
     add("--size", type=positive, help="side of an image in pixels [the checkpoint's]")
-    add("--arch", choices=list(models.ARCHS), help="[the checkpoint's, or mobilenetv3]")
+    add("--arch", choices=models.ARCHS, help="[the checkpoint's, or mobilenetv3]")
     add("--stem", choices=models.STEMS, help="[the checkpoint's, or imagenet]")
     add("--out", help="folder of the results [in the checkpoint's folder]")
     add("--seed", type=int, default=0, help="of random weights, subsets and crops [0]")
@@ -427,10 +434,11 @@ def main(argv=None):
     out = folder_of_results(args, data_set)
     to_evaluate(net, device)
     train, test, size = data.load(data_set, args.root, values["size"], device)
-    if test is None:  # a class without training images may have test images; these count as wrong
+    if test is None:
         raise InputError(f"--data {data_set}: an evaluation needs labels (a folder for each "
                          "of at least two classes) and held-out images")
     move_to_device(train, test)
+    # a class whose training images are all unreadable is never predicted: its test images are wrong
     rows = labelled_subset(train.labels, args.labels, args.seed)
     classes = len(train.classes)
     print0(f"{net.name} at {size} pixels on {data_set}: {len(rows)} training and {len(test)} "

@@ -1,15 +1,16 @@
 """The small networks, by hand: ResNet-18/34/50, MobileNetV3-Small/Large, EfficientNet-B0/B1.
 
-    net = build("mobilenetv3", "small")      # a torch.nn.Module, randomly initialized
+    net = build("mobilenetv3_small")         # a torch.nn.Module, randomly initialized
     features = net(images)                   # (N, 3, H, W) -> (N, net.dim), the pre-logits feature
 
-A network is a table of layers, as in its paper, and a class of blocks. Names, shapes and
-arithmetic are torchvision's, so weights travel both ways. Only the last Linear, the classifier, is
-missing. A projection head (`make_head`) takes its place during pretraining, and a linear probe
-afterwards.
+A network is a table of layers, as in its paper, and a class that builds them. Tensors have
+torchvision's names and shapes, and in evaluation mode the outputs are the same. So weights can be
+loaded from torchvision and into it. Only the last Linear, the classifier, is missing. A projection
+head (`make_head`) takes its place during pretraining, and a linear probe afterwards.
 
-This file imports only torch: copy it. Read it from top to bottom: blocks, networks, their tables.
-The last part makes small images fast on a CPU. On a GPU it is never used.
+This file imports only torch, so it can be copied into another project. Read it from top to bottom:
+blocks, networks, their tables. The last part makes small images fast on a CPU. On a GPU it is never
+used.
 """
 import math
 from functools import partial
@@ -21,8 +22,8 @@ from torch import nn
 # --------------------------------------------------------------------------------------- 1. blocks
 
 def conv_bn(cin, cout, kernel, stride=1, groups=1, act=None, eps=1e-5):
-    """Convolution, BatchNorm, and the activation `act`, if it is not None, with torchvision's
-    names. A map (N, cin, H, W) becomes (N, cout, H / stride, W / stride).
+    """Convolution, BatchNorm and, unless `act` is None, the activation `act`, with torchvision's
+    names. A map (N, cin, H, W) becomes (N, cout, H / stride, W / stride), rounded up.
 
     BatchNorm keeps torch's momentum of 0.1. With torchvision's 0.01 for MobileNetV3, the running
     statistics lag hundreds of steps behind the weights, which is too slow for a short run.
@@ -34,7 +35,8 @@ def conv_bn(cin, cout, kernel, stride=1, groups=1, act=None, eps=1e-5):
     return nn.Sequential(*layers)
 
 def shortcut_conv(cin, cout, stride):
-    """What is on a ResNet's shortcut: a 1x1 convolution if the block changes the shape."""
+    """A ResNet's shortcut: nothing (Identity) if the block keeps the shape, else a 1x1 convolution
+    that changes channels and size as the block does."""
     if stride == 1 and cin == cout:
         return nn.Identity()
     return conv_bn(cin, cout, 1, stride)
@@ -93,8 +95,9 @@ class SqueezeExcitation(nn.Module):
         return x * self.gate(scale)
 
 class InvertedResidual(nn.Module):
-    """A 1x1 convolution to `expanded` channels, a depthwise one of `kernel` x `kernel`,
-    squeeze-excitation, a 1x1 convolution to `cout` channels, and a shortcut if the shape stays.
+    """A 1x1 convolution to `expanded` channels (none, if there are as many already), a depthwise
+    one of `kernel` x `kernel`, squeeze-excitation, a 1x1 convolution to `cout` channels, and a
+    shortcut if the shape stays.
 
     MobileNetV3's block and, with SiLU, EfficientNet's MBConv (without stochastic depth).
     `squeeze` is the number of channels inside the squeeze-excitation; 0 means that there is none.
@@ -159,15 +162,13 @@ class MobileNetV3(nn.Module):
         cin = 16
         stride = 1 if small else 2
         layers = [conv_bn(3, cin, 3, stride, act=nn.Hardswish, eps=eps)]
-        for kernel, expanded, cout, has_se, act, stride in rows:
-            squeeze = 0
-            if has_se:
-                squeeze = multiple_of_8(expanded / 4)
+        for kernel, expanded, cout, squeeze, act, stride in rows:
             layers.append(InvertedResidual(cin, expanded, cout, kernel, stride, squeeze, act,
                                            se_act=nn.ReLU, se_gate=nn.Hardsigmoid, eps=eps))
             cin = cout
         layers.append(conv_bn(cin, 6 * cin, 1, act=nn.Hardswish, eps=eps))
         self.features = nn.Sequential(*layers)
+        # called as in torchvision, where the classifier proper, a last Linear, follows in it
         self.classifier = nn.Sequential(nn.Linear(6 * cin, dim), nn.Hardswish(inplace=True))
         self.dim = dim
 
@@ -196,35 +197,31 @@ class EfficientNet(nn.Module):
     def forward(self, x):
         return self.features(x).mean((2, 3))
 
-def multiple_of_8(channels):
-    """The multiple of 8 nearest to `channels`, never more than 10 % below it."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    if rounded < 0.9 * channels:
-        rounded += 8
-    return rounded
-
 HS, RE = nn.Hardswish, nn.ReLU
-# Howard et al. 2019, tables 1 and 2:
-# kernel, expanded width, channels out, squeeze-excitation, activation, stride
+# Howard et al. 2019, tables 1 and 2: kernel, expanded width, channels out, channels inside the
+# squeeze-excitation (a quarter of the expanded width, as a multiple of 8; 0: none), activation,
+# stride
 MOBILENETV3_LARGE = [
-    (3, 16, 16, False, RE, 1),
-    (3, 64, 24, False, RE, 2), (3, 72, 24, False, RE, 1),
-    (5, 72, 40, True, RE, 2), (5, 120, 40, True, RE, 1), (5, 120, 40, True, RE, 1),
-    (3, 240, 80, False, HS, 2), (3, 200, 80, False, HS, 1),
-    (3, 184, 80, False, HS, 1), (3, 184, 80, False, HS, 1),
-    (3, 480, 112, True, HS, 1), (3, 672, 112, True, HS, 1),
-    (5, 672, 160, True, HS, 2), (5, 960, 160, True, HS, 1), (5, 960, 160, True, HS, 1)]
+    (3, 16, 16, 0, RE, 1),
+    (3, 64, 24, 0, RE, 2), (3, 72, 24, 0, RE, 1),
+    (5, 72, 40, 24, RE, 2), (5, 120, 40, 32, RE, 1), (5, 120, 40, 32, RE, 1),
+    (3, 240, 80, 0, HS, 2), (3, 200, 80, 0, HS, 1),
+    (3, 184, 80, 0, HS, 1), (3, 184, 80, 0, HS, 1),
+    (3, 480, 112, 120, HS, 1), (3, 672, 112, 168, HS, 1),
+    (5, 672, 160, 168, HS, 2), (5, 960, 160, 240, HS, 1), (5, 960, 160, 240, HS, 1)]
 MOBILENETV3_SMALL = [
-    (3, 16, 16, True, RE, 2),
-    (3, 72, 24, False, RE, 2), (3, 88, 24, False, RE, 1),
-    (5, 96, 40, True, HS, 2), (5, 240, 40, True, HS, 1), (5, 240, 40, True, HS, 1),
-    (5, 120, 48, True, HS, 1), (5, 144, 48, True, HS, 1),
-    (5, 288, 96, True, HS, 2), (5, 576, 96, True, HS, 1), (5, 576, 96, True, HS, 1)]
+    (3, 16, 16, 8, RE, 2),
+    (3, 72, 24, 0, RE, 2), (3, 88, 24, 0, RE, 1),
+    (5, 96, 40, 24, HS, 2), (5, 240, 40, 64, HS, 1), (5, 240, 40, 64, HS, 1),
+    (5, 120, 48, 32, HS, 1), (5, 144, 48, 40, HS, 1),
+    (5, 288, 96, 72, HS, 2), (5, 576, 96, 144, HS, 1), (5, 576, 96, 144, HS, 1)]
 
 # Tan & Le 2019, table 1: expansion, kernel, stride, channels out, blocks
 EFFICIENTNET = [(1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3),
                 (6, 5, 1, 112, 3), (6, 5, 2, 192, 4), (6, 3, 1, 320, 1)]
 
+# What is still open in each is `small`, the stem. mobilenetv3 is the Large one. EfficientNet-B1 has
+# 1.1 times as many blocks in a row as B0, rounded up.
 ARCHS = {
     "resnet18": partial(ResNet, BasicBlock, [2, 2, 2, 2]),
     "resnet34": partial(ResNet, BasicBlock, [3, 4, 6, 3]),
@@ -245,14 +242,14 @@ def build(arch, stem="imagenet"):
     of 32 pixels then ends in a map of 4x4 (ResNets) or 2x2 (the others) instead of 1x1, which takes
     16 or 4 times the arithmetic. Raises KeyError for an unknown name.
     """
-    return initialize(ARCHS[arch](small=stem == "small"))
+    return initialize(ARCHS[arch](small=(stem == "small")))
 
 def initialize(module):
     """Draw the weights of convolutions (fan out) and Linears (fan in) as He et al. 2015 propose,
     and set biases to zero, in place.
 
-    MobileNetV3's paper draws its Linear from N(0, 0.01). That makes its feature so small that all
-    embeddings start alike, and hundreds of steps are needed to tell them apart.
+    torchvision draws the Linear of its MobileNetV3 with a deviation of 0.01. That makes the feature
+    so small that all embeddings start alike, and hundreds of steps are needed to tell them apart.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -274,7 +271,7 @@ def start_as_identity(net):
         elif isinstance(block, InvertedResidual) and block.has_shortcut:
             nn.init.zeros_(block.block[-1][1].weight)
 
-HEADS = dict(linear=[], simple=[1], wide=[2], deep=[1, 1])  # widths of hidden layers, in units of d
+HEADS = dict(linear=[], simple=[1], wide=[2], deep=[1, 1])  # hidden widths, in units of net.dim
 
 def make_head(kind, d, c=128):
     """Projection head (N, d) -> (N, c), thrown away after pretraining (Shi et al. 2022, section 4).
@@ -289,8 +286,10 @@ def make_head(kind, d, c=128):
         width = factor * d
     layers.append(nn.Linear(width, c))
     head = initialize(nn.Sequential(*layers))
-    # Normalizing the output to length one divides the gradient by its length before. At four times
-    # the length, the head learns about as slowly as the backbone under it.
+    # The output will be normalized to length one, which divides the gradient of this Linear by the
+    # length before. At four times the length it learns more slowly, about as the backbone does. The
+    # backbone's own gradient stays the same: a quarter of it comes back through weights 4 times as
+    # large.
     with torch.no_grad():
         head[-1].weight *= 4
     return head
@@ -314,14 +313,16 @@ def last_linear(arch):
 #     (0, 0)    (0, 1)    (1, 0)    (1, 1)
 
 def speed_up_small_maps(net):
-    """Give the convolutions of a network of this file the classes below. They compute the same:
-    here all kernels are square and odd, with "same" padding, and depthwise ones have no bias."""
+    """Make the convolutions of a network of this file fast on small maps, in place: they get the
+    forward passes of the classes below, whose results are the same up to rounding. These count on
+    square odd kernels, "same" padding, and depthwise convolutions without a bias."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             layer.__class__ = DenseOfSmallMaps if layer.groups == 1 else DepthwiseOfSmallMaps
 
 class DenseOfSmallMaps(nn.Conv2d):
-    """A 1x1 map, or a 2x2 map under a 3x3 kernel, is one matrix product with the taps it meets."""
+    """On a 1x1 map, or a 2x2 map under a 3x3 kernel, the convolution is one matrix product. Its
+    matrix holds, for each output, the taps that meet the map. Other maps take the usual way."""
 
     def forward(self, x):
         kernel = self.kernel_size[0]
@@ -336,6 +337,7 @@ class DenseOfSmallMaps(nn.Conv2d):
         taps = []
         for i in outputs:
             for j in outputs:
+                # row r of the map meets row top + r of the kernel
                 top = kernel // 2 - i
                 left = kernel // 2 - j
                 taps.append(weight[:, top:top + h, left:left + w].flatten(1))
@@ -345,16 +347,17 @@ class DenseOfSmallMaps(nn.Conv2d):
 
 class DepthwiseOfSmallMaps(nn.Conv2d):
     """A kernel for each channel. On maps smaller than the kernel, taps that meet only padding are
-    cut off, and what is left of the padding is added before the convolution. If the convolution
-    added it, oneDNN would take a slow way to the gradient of the weights: at 32 pixels, half of a
-    step of MobileNetV3-Small. For larger maps it takes a fast one."""
+    cut off the kernel, and what is left of the padding is added to the map before the convolution.
+    If the convolution added it, oneDNN (PyTorch's library on CPUs) would compute the gradient of
+    the weights in a slow way. At 32 pixels, that took half of a step of MobileNetV3-Small. Larger
+    maps take the usual way, which is fast for them."""
 
     def forward(self, x):
         kernel = self.kernel_size[0]
-        reach = max(x.shape[2:]) - 1  # two pixels of the map are at most so far apart
-        if reach + 1 >= kernel:
+        side = max(x.shape[2:])
+        if side >= kernel:
             return super().forward(x)
-        pad = min(kernel // 2, reach)
+        pad = min(kernel // 2, side - 1)  # farther out, a tap meets no pixel of the map
         cut = kernel // 2 - pad
         weight = self.weight[:, :, cut:kernel - cut, cut:kernel - cut]
         if pad == 0:  # a 1x1 map meets one tap

@@ -307,9 +307,6 @@ def pretrain(args, out, is_resumed, start, train, test, device):
         save_views(train, args, out / "views.png")
     print0(f"{out}: {args.arch} on {device.type}, {len(train):,} images at {args.size} pixels, "
            f"steps {first:,} to {args.steps:,}")
-    if first == 0 and args.queue > args.batch:
-        print0(f"Up to step {math.ceil(args.queue / args.batch)} the loss rises, as real keys take "
-               "the place of random ones in the queue; then it should fall.")
 
     move_to_device(train, test)
     encoder_q = moco.encoder_q
@@ -358,9 +355,9 @@ def pretrain(args, out, is_resumed, start, train, test, device):
 # --------------------------------------------------------------------------- 4. networks, optimizer
 
 def choose_dtype(precision, device, arch):
-    """The type in which the networks compute. auto: on a GPU bfloat16, or float16 if the GPU has no
-    bfloat16 (T4); on a CPU bfloat16 for ResNets, if the CPU has it, since depthwise convolutions
-    are slower in it there; else float32."""
+    """The type in which the networks compute. "auto" is bfloat16 on a GPU, or float16 if the GPU
+    has no bfloat16 (T4). On a CPU that has bfloat16, ResNets compute in it. The other networks do
+    not, since it makes depthwise convolutions slower there. All else is float32."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
@@ -370,15 +367,18 @@ def choose_dtype(precision, device, arch):
     return torch.bfloat16 if has_it and arch.startswith("resnet") else torch.float32
 
 class Muon(torch.optim.SGD):
-    """SGD with momentum. If `muon` is above 0, the weights of most convolutions do not move by it,
-    but by a nearly orthogonal matrix times the rate `muon` (Jordan et al. 2024): those of all
-    convolutions that are not depthwise and have a BatchNorm after them, except the first one, which
-    reads the colors.
+    """SGD with momentum 0.9. If `muon` is above 0, most convolutions use Muon (Jordan et al. 2024)
+    instead: all that have a BatchNorm after them, except the depthwise ones and the first one,
+    which reads the colors.
 
-    A gradient is mostly a few directions, those in which many images agree. Made orthogonal, it
-    moves a layer equally far in all, and features that few images ask for are learned as early.
-    These weights have a weight decay of their own, 0.1, and not `wd`. The learning rates are
-    tensors on the device, so a recorded step reads what `scale_rates` has written.
+    Muon moves a weight matrix by a nearly orthogonal matrix, made from its gradient, times the rate
+    `muon`. A plain gradient is mostly a few directions, those in which many images agree. Made
+    orthogonal, it moves the layer equally far in all directions, so features that few images ask
+    for are learned as early as the others. In place of `wd`, these weights have a weight decay of
+    0.1.
+
+    The learning rates are tensors on the device. `scale_rates` writes them, and a step that was
+    recorded (see `Recorded`) reads them.
     """
 
     def __init__(self, net, lr, muon, wd, fused=False):
@@ -453,7 +453,7 @@ class Recorded:
     """A step on a GPU, recorded once as a CUDA graph, then replayed on other numbers in the same
     places. A step is thousands of small kernels: of ResNet-18 and 512 images an H200 runs them in
     20 ms, but Python takes 39 to 54 ms to launch them one by one."""
-    usual = 3  # steps before the recording, in which libraries choose their kernels
+    usual = 3  # steps taken as usual before the recording: in them, libraries choose their kernels
 
     def __init__(self, take_step):
         self.take_step = take_step
@@ -475,7 +475,8 @@ class Recorded:
         if self.graph is None:
             gc.collect()  # CUDA refuses to free another graph while one is recorded
             self.graph = torch.cuda.CUDAGraph()
-            # what a recording cannot hold is forbidden to this thread alone
+            # While one thread records, CUDA forbids calls that a graph cannot hold. "thread_local"
+            # forbids them to this thread only: PyTorch's other threads may go on making them.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.result = self.take_step(self.batch)  # runs nothing yet
         self.graph.replay()
@@ -489,8 +490,9 @@ def schedule(args, step, epoch_length):
 # --------------------------------------------------------------------------- 5. monitor and report
 
 def monitor(network, train, test, args, with_probe=False):
-    """{name: %}: kNN (and linear) accuracy on held-out images; without labels, the share of images
-    that are the nearest ones to another view of themselves."""
+    """{name: %} of the network: with labels, kNN accuracy on held-out images and, `with_probe`,
+    linear accuracy; without labels "found", the share of images whose second view finds the first.
+    """
     if test is None:
         return dict(found=found(network, train, args.size, **augmentation(args)))
     return judge(network, train, test, args.size, with_probe)
@@ -502,7 +504,7 @@ def report(out, learned, untrained, train, test, args):
     for name, network in networks.items():
         print0(f"{name:<16}{in_words(monitor(network, train, test, args, with_probe=True))}")
     if test is None:
-        print0("(found: % of images that are found first by another view of themselves)")
+        print0("(found: % of images whose second view is nearest to their own first view)")
     else:
         print0(f"(% of {len(test):,} held-out images, {len(train.classes)} classes)\n\n"
                f"python linear_eval.py {out}       # more numbers")
@@ -527,10 +529,10 @@ def next_free_folder(args):
     return path
 
 def save_views(images, args, path):
-    """A grid: eight images (top) and two views of each, as the network sees them."""
+    """A grid of three rows: eight images, a query view of each, a key view of each."""
     from torchvision.utils import save_image
     batch = load_batch(images, args, step=0)
-    # the same images in both rows; the second views are as random as in training, but others
+    # In training, keys are in another order than queries. Here both views are of the same images.
     batch |= dict(key_pixels=batch["query_pixels"], key_shapes=batch["query_shapes"])
     originals = data.center(batch["query_pixels"], args.size, batch["query_shapes"])
     rows = torch.stack([originals, *make_views(batch, args, hardness=0)])[:, :8].cpu()
@@ -539,7 +541,7 @@ def save_views(images, args, path):
     save_image(views, path, nrow=rows.shape[1], padding=0)
 
 def save_run(out, moco, optimizer, scaler, step, log):
-    """backbone.pt: the network; log.jsonl: an object an epoch; last.pt: all that --resume needs.
+    """backbone.pt: the network; log.jsonl: one object an epoch; last.pt: all that --resume needs.
 
     last.pt comes last: a run that is killed before goes on from the last.pt that was there.
     """
@@ -583,7 +585,7 @@ def refuse_differences(args, first):
                              "images and run")
 
 def stop_if_diverged(loss, moco, step, args):
-    """End a run whose loss or weights are no numbers, before they overwrite its checkpoint."""
+    """End a run whose loss or weights are infinite or NaN, before they overwrite its checkpoint."""
     weights = moco.encoder_q.state_dict().values()
     if not (math.isfinite(loss) and all(w.isfinite().all() for w in weights)):
         raise InputError(
@@ -597,18 +599,19 @@ def stop_if_diverged(loss, moco, step, args):
 #   1. the command line
 #   2. args.json, if a run goes on
 #   3. the recipe, if it has a value for the flag
-#   4. the recipe, if it has a rule: one of the functions pick_... (But --init brings its stem.)
-# `parse` does 1 to 3 and leaves None where a rule has to decide. When the images are known,
-# `apply_rules` does 4, in the order of FLAGS: a rule may use the flags above its own and the number
-# n of images. (Only pick_epochs looks below, at --steps if it was typed.) --help shows the
-# docstring of a rule in the place of a value.
+#   4. the recipe, if it has a rule: one of the functions pick_... (But with --init, the stem is the
+#      checkpoint's.)
+# `parse` does 1 to 3. A flag for which a rule has to decide is still None then. When the images are
+# known, `apply_rules` does 4, in the order of FLAGS. So a rule may use n, the number of images, and
+# the flags that stand before its own in FLAGS. (One exception: pick_epochs uses --steps, if typed.)
+# --help shows the docstring of a rule where other flags show a value.
 
 def epoch_steps(args, n):
     """Steps of an epoch; the last incomplete batch is dropped."""
     return max(1, n // args.batch)
 
 def pick_batch(args, n):
-    """1/80 of the images, 64 to 256, as a power of two"""
+    """1/80 of the images, within 64 to 256, but at most a quarter of them; a power of two"""
     world = rank_world()[1]
     batch = max(2 * world, 4, power_of_two(min(256, max(64, n // 80), n // 4)))
     return math.ceil(batch / world) * world
@@ -626,7 +629,7 @@ def pick_steps(args, n):
 def pick_stem(args, n):
     """small if the run shows about a million images, in views below 64 pixels, else imagenet"""
     # Its maps are larger, so a step of a MobileNet takes two to three times as long, which pays in
-    # long runs. An epoch drops its last incomplete batch, so a million images may be fewer.
+    # long runs. (900,000, since an epoch drops its last incomplete batch.)
     return "small" if args.steps * args.batch > 900_000 and args.size < 64 else "imagenet"
 
 def pick_quick_lr(args, n):
@@ -683,7 +686,7 @@ def pick_knn_every(args, n):
     return max(1, args.epochs // 5)
 
 def power_of_two(n):
-    """The largest one up to n."""
+    """The largest power of two that is at most n."""
     return 2 ** int(math.log2(max(1, n)))
 
 # what argparse has to know of each kind of flag
@@ -693,14 +696,15 @@ FRACTION = dict(type=fraction)
 NUMBER = dict(type=float)
 SWITCH = dict(action=argparse.BooleanOptionalAction)
 
-# In the order in which rules pick: name, kind, MoCo v2's value or the rule that picks it, help.
+# In the order in which rules pick: name, kind, value in the recipe moco-v2 or the rule that picks
+# it, help.
 FLAGS = [
     ("data", TEXT, "letters", "letters, cifar10, cifar100, stl10, or a folder"),
     ("root", TEXT, "data", "folder of downloaded and decoded data sets"),
     ("size", WHOLE, None, "side of a view [letters: 32; a folder: its median side, within 32 to "
      "224, on a CPU 32 to 64; other sets: their own]"),
-    ("arch", dict(choices=list(models.ARCHS)), "mobilenetv3", "the backbone"),
-    ("head", dict(choices=list(models.HEADS)), "simple", "the projection head"),
+    ("arch", dict(choices=models.ARCHS), "mobilenetv3", "the backbone"),
+    ("head", dict(choices=models.HEADS), "simple", "the projection head"),
     ("dim", WHOLE, 128, "width C of the embedding"),
     ("init", TEXT, None, "start from the backbone of this checkpoint [random weights]"),
     ("zero_init", SWITCH, False, "blocks start as the identity (Goyal 2017)"),
@@ -725,7 +729,7 @@ FLAGS = [
     ("lr", FRACTION, pick_lr, "learning rate of SGD"),
     ("muon", FRACTION, 0.0, "learning rate of convolutions with Muon (Jordan 2024); 0: SGD"),
     ("wd", FRACTION, 1e-4, "weight decay"),
-    ("warmup", NUMBER, 0.0, "linear, in epochs"),
+    ("warmup", NUMBER, 0.0, "epochs in which learning rates rise linearly to their peaks"),
     ("knn_every", WHOLE, pick_knn_every, "epochs between looks at held-out images"),
     ("seed", dict(type=int), 0, "of weights, order and views"),
     ("device", TEXT, "auto", "cuda, cuda:1, mps or cpu; auto is the first there is"),
@@ -734,7 +738,8 @@ FLAGS = [
      "has it, else float32"),
 ]
 
-MOCO_V2 = {name: value for name, _, value, _ in FLAGS}  # Chen et al. 2020; the rules are ours
+# Chen et al. 2020; data, network and rules are ours
+MOCO_V2 = {name: value for name, _, value, _ in FLAGS}
 
 RECIPES = {  # the first one is the default
     # for minutes to hours: assets/results.md says what each part gives

@@ -1215,7 +1215,7 @@ def test_an_evaluation_end_to_end_and_the_readmes_classifier(tmp_path, monkeypat
     guess = classifier(data.center(test.pixels, 32, test.shapes))
     right = 100 * (guess.argmax(1) == test.labels).float().mean().item()
     assert right == pytest.approx(tables[0]["linear"]["top1"])
-    lines = re.search(r"# a classifier.*?(?=\nimport timm)", README, re.S)[0]
+    lines = re.search(r"```python\n(from PIL.*?)```", README, re.S)[1]
     for written, here in (("mobilenet_v3_large(num_classes=10)", "resnet18(num_classes=3)"),
                           ("runs/NAME/eval-FOLDER", "out-run"), ("64", "32"),
                           ("photo.jpg", "images/test/a/3 é.jpg"), ("print(", "answer = (")):

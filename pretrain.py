@@ -757,7 +757,7 @@ def parse(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     recipes = list(RECIPES)
     parser.add_argument("--recipe", choices=recipes,
-                        help=f"of default values [{recipes[0]}, whose values stand in brackets]")
+                        help=f"a set of default values [{recipes[0]}; its values are in brackets]")
     parser.add_argument("--out", help="folder of the run [runs/DATA-ARCH-N]")
     parser.add_argument("--resume", action="store_true",
                         help="go on with the run in --out, or begin it")

@@ -369,16 +369,16 @@ def load_folder(folder, root, size, device):
     if not folder.is_dir():
         raise InputError(f"--data {folder}: no such folder; or letters, cifar10, cifar100, stl10")
     train_folder = test_folder = folder
-    train = scan(folder)
+    train = names = scan(folder)
     test = []
-    parts = {first_folder(name) for name in train}
+    parts = {first_folder(name) for name in names}
     if "train" in parts and parts <= {"", "train", *TESTS}:  # else train/ is a class
         train_folder = folder / "train"
-        train = scan(train_folder)
+        train = below("train/", names)
         for part in TESTS:
             if part in parts and not test:
                 test_folder = folder / part
-                test = scan(test_folder)
+                test = below(f"{part}/", names)
     if not train:
         raise InputError(f"--data {folder}: no image in it (looked for {' '.join(EXTENSIONS)}; "
                          "folders with an args.json or analysis.json do not count)")
@@ -424,6 +424,10 @@ def refuse_folder(error):
 def first_folder(name):
     """The first folder in the name of a file, "" if there is none."""
     return name.split("/")[0] if "/" in name else ""
+
+def below(folder, names):
+    """The names that begin with `folder`, without it."""
+    return [name.removeprefix(folder) for name in names if name.startswith(folder)]
 
 def hold_out(names):
     """Those of the sorted names CLASS/* that are held out: of each class a tenth, but at least one
@@ -546,7 +550,7 @@ def as_rgb(image):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-# -------------------------------- 4. what all scripts share: errors, flags, device, processes, files
+# ------------------------------- 4. what all scripts share: errors, flags, device, processes, files
 
 class InputError(ValueError):
     """Something the user gave is wrong: one line that names the flag or file and how to fix it."""
